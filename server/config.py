@@ -1,0 +1,92 @@
+"""Configuration: frozen dataclasses, built once from the command line and environment, then passed down narrowed.
+
+Each field is a flag of `octavo serve`: its name with dashes, its type, its default, its `help`.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+
+
+def flag(default: Any, help: str, **extra: Any) -> Any:
+    """A dataclass field that is also a command-line flag; `extra` may hold `choices` and `metavar`."""
+    return field(default=default, metadata={"help": help, **extra})
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """What the engine process needs to know. Crosses to it as JSON."""
+
+    model: str = field(default="", metadata={"positional": True})  # a local Hugging Face folder
+    dtype: str = flag(
+        "auto",
+        "compute type; auto: bfloat16 where the CPU multiplies it natively, else float32",
+        choices=("auto", "bfloat16", "float32"),
+    )
+    max_model_len: int | None = flag(None, "most tokens of prompt and output together (default: the model's own limit)")
+    max_num_seqs: int = flag(64, "most choices in one step")
+    max_num_batched_tokens: int = flag(512, "most tokens computed in one step; longer prompts are prefilled in chunks")
+    block_size: int = flag(16, "tokens per KV block", choices=(16, 32, 64))
+    kv_cache_memory_bytes: int = flag(
+        512 * MIB, "memory for the KV cache, suffixes k, m, g allowed; raised to what one full-length request needs"
+    )
+    enable_prefix_caching: bool = flag(True, "share KV blocks between requests that begin alike")
+    exactness: str = flag(
+        "batch",
+        "batch: a request's bits do not depend on what runs beside it; fast: no promise",
+        choices=("batch", "fast"),
+    )
+
+    def to_json(self) -> str:
+        """The configuration as one line of JSON."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "EngineConfig":
+        """Inverse of `to_json`."""
+        return cls(**json.loads(text))
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig(EngineConfig):
+    """Everything `octavo serve` is told."""
+
+    host: str = flag("127.0.0.1", "address to listen on; 0.0.0.0 for all")
+    port: int = flag(8000, "port to listen on")
+    served_model_name: str | None = flag(None, "name in the API (default: the folder's name)")
+    api_key: tuple[str, ...] = flag((), "key that clients must send; repeatable; or OCTAVO_API_KEY", metavar="KEY")
+    api_key_file: str | None = flag(None, "file with one key a line, kept out of the process list")
+    seed: int | None = flag(None, "makes the seeds of requests without one reproducible, in order of arrival")
+    max_num_queued_reqs: int = flag(512, "most choices waiting beside those that run; more get 429")
+    max_num_queued_tokens: int = flag(1_000_000, "most prompt tokens accepted and not finished; more get 429")
+    max_logprobs: int = flag(20, "most top logprobs per token a request may ask for")
+    shutdown_timeout: float = flag(30.0, "seconds that running requests may go on after SIGTERM or Ctrl-C")
+    chat_template: str | None = flag(None, "file with a Jinja chat template instead of the model's own")
+    enable_prompt_tokens_details: bool = flag(False, "report cached prompt tokens in usage")
+    metrics_prefix: str = flag("octavo:", "prefix of metric names; vllm: keeps dashboards made for vLLM working")
+    log_level: str = flag("info", "how much to log", choices=("debug", "info", "warning", "error"))
+
+    def engine(self) -> EngineConfig:
+        """The part that the engine process gets."""
+        return EngineConfig(**{f.name: getattr(self, f.name) for f in fields(EngineConfig)})
+
+    @property
+    def model_name(self) -> str:
+        """The model's name in the API."""
+        return self.served_model_name or Path(self.model).name
+
+    @property
+    def max_num_choices(self) -> int:
+        """Most choices in flight: running and queued."""
+        return self.max_num_seqs + self.max_num_queued_reqs
+
+
+def cache_dir() -> Path:
+    """Where pulled models live: $OCTAVO_CACHE, else $XDG_CACHE_HOME/octavo, else ~/.cache/octavo."""
+    if path := os.environ.get("OCTAVO_CACHE"):
+        return Path(path)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "octavo"
