@@ -1,0 +1,33 @@
+"""Checks at an op's door: ValueError that names the argument, what was expected and what came."""
+
+from collections.abc import Sequence
+
+import torch
+
+COMPUTE_DTYPES = (torch.bfloat16, torch.float32)
+
+
+def check(
+    tensor: torch.Tensor,
+    name: str,
+    shape: Sequence[int | None],
+    dtype: torch.dtype | Sequence[torch.dtype],
+    *,
+    contiguous: bool = True,
+) -> None:
+    """Raise ValueError unless `tensor` has the dtype and the shape (None: any size), lies on the CPU, and is dense.
+
+    With `contiguous=False` only the last dimension must be dense.
+    """
+    dtypes = (dtype,) if isinstance(dtype, torch.dtype) else dtype
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"{name}: dtype is {tensor.dtype}, expected {' or '.join(map(str, dtypes))}")
+    if tensor.dim() != len(shape) or any(
+        want is not None and want != got for want, got in zip(shape, tensor.shape, strict=True)
+    ):
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name}: shape is {tuple(tensor.shape)}, expected ({wanted})")
+    if tensor.device.type != "cpu":
+        raise ValueError(f"{name}: device is {tensor.device}, expected cpu")
+    if not (tensor.is_contiguous() if contiguous else tensor.stride(-1) == 1 or tensor.shape[-1] <= 1):
+        raise ValueError(f"{name}: strides are {tensor.stride()}, expected {'all' if contiguous else 'the last'} dense")

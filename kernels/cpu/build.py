@@ -1,0 +1,59 @@
+"""Compiles the native CPU ops: `python -m octavo.kernels.cpu.build`.
+
+One shared library per instruction set, next to the sources; the best one that the machine can run is chosen when the
+ops are loaded. Plain C functions: nothing of torch is compiled in, so a build takes seconds.
+"""
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+
+# variant -> (compiler flags, CPU flags it needs), best first
+VARIANTS: dict[str, tuple[list[str], set[str]]] = (
+    {
+        "avx512_bf16": (
+            ["-march=x86-64-v4", "-mavx512bf16"],
+            {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16"},
+        ),
+        "avx2": (["-march=x86-64-v3"], {"avx2", "fma", "bmi2"}),
+    }
+    if platform.machine() == "x86_64"
+    else {"native": (["-mcpu=native" if platform.machine() == "aarch64" else "-march=native"], set())}
+)
+
+# No contraction: a multiply-add is fused only where the source says so, so that bits do not depend on the optimiser.
+FLAGS = ["-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=off", "-fno-math-errno"]
+FLAGS += ["-fno-trapping-math", "-Wall", "-Werror", "-Wno-psabi"]
+
+
+def library_path(variant: str) -> Path:
+    """Where the library of a variant lies once built."""
+    return FOLDER / f"octavo_cpu_{variant}.so"
+
+
+def build() -> None:
+    """Compile every variant. Raises FileNotFoundError without a compiler, CalledProcessError where it fails."""
+    compiler = os.environ.get("CXX", "g++")
+    sources = sorted(str(path) for path in FOLDER.glob("*.cpp"))
+    for variant, (machine_flags, _) in VARIANTS.items():
+        target = library_path(variant)
+        partial = target.with_suffix(f".{os.getpid()}.tmp")  # renamed when whole: a running server keeps the old one
+        print(f"compiling native ops: {variant}", file=sys.stderr)
+        try:
+            subprocess.run([compiler, *FLAGS, *machine_flags, *sources, "-o", str(partial)], check=True)
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    try:
+        build()
+    except FileNotFoundError as error:
+        sys.exit(f"no C++ compiler ({error.filename}): install g++ or set CXX; without native ops Octavo runs slowly")
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"compiling failed with status {error.returncode}")

@@ -1,0 +1,62 @@
+"""Loads the native ops: the best compiled variant that this CPU can run, or none."""
+
+import ctypes
+import functools
+import os
+import platform
+from pathlib import Path
+
+import torch  # loads the OpenMP runtime that the library then shares: one thread pool for torch's ops and ours
+
+from octavo.kernels.cpu.build import VARIANTS, library_path
+
+assert torch is not None
+
+
+@functools.cache
+def cpu_flags() -> frozenset[str]:
+    """Instruction-set flags of this CPU as Linux names them; empty where it does not say."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("flags"):
+                return frozenset(line.partition(":")[2].split())
+    except OSError:
+        pass
+    return frozenset()
+
+
+@functools.cache
+def variant() -> str | None:
+    """Name of the variant in use: $OCTAVO_CPU_VARIANT, else the best that is built and can run here.
+
+    Raises ValueError where $OCTAVO_CPU_VARIANT names one that is not built or cannot run ("none" asks for plain torch).
+    """
+    usable = [name for name, (_, needs) in VARIANTS.items() if needs <= cpu_flags() and library_path(name).exists()]
+    wanted = os.environ.get("OCTAVO_CPU_VARIANT")
+    if wanted == "none":
+        return None
+    if wanted is not None and wanted not in usable:
+        raise ValueError(f"OCTAVO_CPU_VARIANT is {wanted!r}, but usable here: {', '.join(usable) or 'none'}")
+    return wanted or (usable[0] if usable else None)
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The loaded library, its functions returning nothing; None means the plain torch reference is used."""
+    name = variant()
+    return ctypes.CDLL(str(library_path(name))) if name else None
+
+
+@functools.cache
+def multiplies_bf16() -> bool:
+    """Whether this CPU has bfloat16 dot products (AVX-512-BF16, or the 64-bit Arm extension)."""
+    return bool({"avx512_bf16", "bf16"} & cpu_flags()) and platform.machine() in ("x86_64", "aarch64")
+
+
+def address(tensor: torch.Tensor | None) -> ctypes.c_void_p | None:
+    """The tensor's data pointer as an argument; None stays a null pointer."""
+    return None if tensor is None else ctypes.c_void_p(tensor.data_ptr())
+
+
+i64 = ctypes.c_int64
+f32 = ctypes.c_float

@@ -1,0 +1,67 @@
+// Rotary embedding (Su et al., arXiv 2104.09864; halves rotated, as Llama checkpoints expect) of queries and keys, fused
+// with writing keys and values to their cache slots.
+//
+// Cache of a layer: [num_blocks, 2, num_kv_heads, block_size, head_size]; inside a K tile this CPU backend keeps the
+// transpose [head_size, block_size], so that the scores of 16 keys are one vector. V tiles stay [block_size, head_size].
+#include "vec.h"
+
+namespace octavo {
+namespace {
+
+template <typename T>
+struct Rotary {
+    T* qkv;                   // [tokens, (heads + 2 * kv_heads) * head_size], row stride qkv_stride
+    const float* cos_sin;     // [max positions, rotary_size]: cosines, then sines
+    const int32_t* positions; // [tokens]
+    const int64_t* slots;     // [tokens]: block * block_size + offset
+    T* cache;
+    int64_t tokens, qkv_stride, heads, kv_heads, head_size, rotary_size, block_size;
+
+    // The rotated head into `out`, whose elements lie `step` apart.
+    void rotate(const T* head, const float* table, T* out, int64_t step) const {
+        const int64_t half = rotary_size / 2;
+        for (int64_t i = 0; i < half; i++) {
+            const float a = to_float(head[i]), b = to_float(head[i + half]);
+            const float c = table[i], s = table[i + half];
+            store_one(out + i * step, __builtin_fmaf(a, c, -(b * s)));
+            store_one(out + (i + half) * step, __builtin_fmaf(b, c, a * s));
+        }
+        for (int64_t i = rotary_size; i < head_size; i++) out[i * step] = head[i];
+    }
+
+    void token(int64_t t) const {
+        T* row = qkv + t * qkv_stride;
+        const float* table = cos_sin + positions[t] * rotary_size;
+        for (int64_t h = 0; h < heads; h++) rotate(row + h * head_size, table, row + h * head_size, 1);
+        const int64_t block = slots[t] / block_size, offset = slots[t] % block_size;
+        const int64_t tile = block_size * head_size;
+        T* k_tiles = cache + block * 2 * kv_heads * tile;
+        T* v_tiles = k_tiles + kv_heads * tile;
+        for (int64_t h = 0; h < kv_heads; h++) {
+            rotate(row + (heads + h) * head_size, table, k_tiles + h * tile + offset, block_size);
+            std::memcpy(v_tiles + h * tile + offset * head_size, row + (heads + kv_heads + h) * head_size,
+                        head_size * sizeof(T));
+        }
+    }
+
+    void run() const {
+#pragma omp parallel for if (tokens > 4)
+        for (int64_t t = 0; t < tokens; t++) token(t);
+    }
+};
+
+}  // namespace
+}  // namespace octavo
+
+using namespace octavo;
+
+extern "C" void octavo_rotary_kv_write(void* qkv, const float* cos_sin, const int32_t* positions, const int64_t* slots,
+                                       void* cache, int64_t tokens, int64_t qkv_stride, int64_t heads, int64_t kv_heads,
+                                       int64_t head_size, int64_t rotary_size, int64_t block_size, int is_bf16) {
+    if (is_bf16)
+        Rotary<bf16>{(bf16*)qkv, cos_sin, positions, slots, (bf16*)cache, tokens, qkv_stride,
+                     heads, kv_heads, head_size, rotary_size, block_size}.run();
+    else
+        Rotary<float>{(float*)qkv, cos_sin, positions, slots, (float*)cache, tokens, qkv_stride,
+                      heads, kv_heads, head_size, rotary_size, block_size}.run();
+}

@@ -1,0 +1,160 @@
+// Sixteen-lane float vectors, bfloat16 conversion, and the one polynomial for exp and log.
+//
+// All arithmetic here and in the ops is explicit: the build turns contraction off, so a multiply-add is fused only where
+// `fma` says so. A lane's result therefore does not depend on the instruction set or on how a loop was unrolled.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace octavo {
+
+constexpr int LANES = 16;
+typedef float f32x16 __attribute__((vector_size(64)));
+typedef int32_t i32x16 __attribute__((vector_size(64)));
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
+
+using bf16 = uint16_t;  // the upper half of a float's bits
+
+constexpr float NEG_INF = -std::numeric_limits<float>::infinity();
+
+inline f32x16 splat(float x) {
+    f32x16 v = {x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x};
+    return v;
+}
+
+template <typename V>
+inline V load_vec(const void* p) {
+    V v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+inline f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
+#if defined(__AVX512F__)
+    return (f32x16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    union U {
+        f32x16 v;
+        __m256 h[2];
+    } x{a}, y{b}, z{c};
+    z.h[0] = _mm256_fmadd_ps(x.h[0], y.h[0], z.h[0]);
+    z.h[1] = _mm256_fmadd_ps(x.h[1], y.h[1], z.h[1]);
+    return z.v;
+#else
+    for (int i = 0; i < LANES; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return c;
+#endif
+}
+
+inline f32x16 max(f32x16 a, f32x16 b) { return a > b ? a : b; }
+
+inline f32x16 select(i32x16 mask, f32x16 a, f32x16 b) { return mask ? a : b; }
+
+// The lanes added in one fixed tree: (i) + (i + 8), then + 4, + 2, + 1.
+inline float sum_lanes(f32x16 v) {
+    for (int half = 8; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) v[i] = v[i] + v[i + half];
+    return v[0];
+}
+
+inline float max_lanes(f32x16 v) {
+    float m = v[0];
+    for (int i = 1; i < LANES; i++) m = v[i] > m ? v[i] : m;
+    return m;
+}
+
+inline float to_float(bf16 x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float f;
+    std::memcpy(&f, &bits, 4);
+    return f;
+}
+inline float to_float(float x) { return x; }
+
+inline f32x16 load(const float* p) { return load_vec<f32x16>(p); }
+inline f32x16 load(const bf16* p) {
+    u32x16 wide = __builtin_convertvector(load_vec<u16x16>(p), u32x16) << 16;
+    return (f32x16)wide;
+}
+
+// Round to nearest, ties to even; NaN stays NaN.
+inline bf16 to_bf16(float f) {
+    uint32_t bits;
+    std::memcpy(&bits, &f, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return (bf16)((bits >> 16) | 0x40);
+    return (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+inline void store(float* p, f32x16 v) { std::memcpy(p, &v, sizeof v); }
+inline void store(bf16* p, f32x16 v) {
+    u32x16 bits = (u32x16)v;
+    u32x16 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    u32x16 is_nan = (u32x16)((bits & 0x7fffffff) > 0x7f800000);
+    rounded = (rounded & ~is_nan) | (((bits >> 16) | 0x40) & is_nan);
+    u16x16 narrow = __builtin_convertvector(rounded, u16x16);
+    std::memcpy(p, &narrow, sizeof narrow);
+}
+
+inline void store_one(float* p, float f) { *p = f; }
+inline void store_one(bf16* p, float f) { *p = to_bf16(f); }
+
+// exp and log after Cephes (S. Moshier, expf and logf): reduced to |r| <= ln(2)/2, degree 5 and 8, error under 2 ulp.
+// Below EXP_MIN the result is 0, which also gives exp(-inf) = 0.
+constexpr float EXP_MIN = -87.0f, EXP_MAX = 88.0f;
+
+inline f32x16 exp(f32x16 x) {
+    const i32x16 flush = x < splat(EXP_MIN);
+    x = select(flush, splat(EXP_MIN), x);
+    x = select(x > splat(EXP_MAX), splat(EXP_MAX), x);
+    const f32x16 magic = splat(12582912.0f);  // 1.5 * 2^23: adding and subtracting it rounds to an integer
+    const f32x16 shifted = fma(x, splat(1.44269504088896341f), magic);
+    const f32x16 n = shifted - magic;
+    f32x16 r = fma(n, splat(-0.693359375f), x);
+    r = fma(n, splat(2.12194440e-4f), r);
+    f32x16 p = splat(1.9875691500e-4f);
+    p = fma(p, r, splat(1.3981999507e-3f));
+    p = fma(p, r, splat(8.3334519073e-3f));
+    p = fma(p, r, splat(4.1665795894e-2f));
+    p = fma(p, r, splat(1.6666665459e-1f));
+    p = fma(p, r, splat(5.0000001201e-1f));
+    p = fma(p, r * r, r) + splat(1.0f);
+    const i32x16 exponent = ((i32x16)shifted - (i32x16)magic + 127) << 23;
+    return select(flush, splat(0.0f), p * (f32x16)exponent);
+}
+
+inline float exp(float x) { return exp(splat(x))[0]; }
+
+// log of a positive, normal, finite number.
+inline f32x16 log(f32x16 x) {
+    i32x16 bits = (i32x16)x;
+    i32x16 e = ((bits >> 23) & 0xff) - 126;
+    f32x16 m = (f32x16)((bits & 0x007fffff) | 0x3f000000);  // in [0.5, 1)
+    const i32x16 low = m < splat(0.707106781186547524f);
+    m = select(low, m + m, m) - splat(1.0f);
+    f32x16 n = __builtin_convertvector(e + low, f32x16);  // true lanes of `low` are -1
+    const f32x16 z = m * m;
+    f32x16 p = splat(7.0376836292e-2f);
+    p = fma(p, m, splat(-1.1514610310e-1f));
+    p = fma(p, m, splat(1.1676998740e-1f));
+    p = fma(p, m, splat(-1.2420140846e-1f));
+    p = fma(p, m, splat(1.4249322787e-1f));
+    p = fma(p, m, splat(-1.6668057665e-1f));
+    p = fma(p, m, splat(2.0000714765e-1f));
+    p = fma(p, m, splat(-2.4999993993e-1f));
+    p = fma(p, m, splat(3.3333331174e-1f));
+    p = p * (m * z);
+    p = fma(n, splat(-2.12194440e-4f), p);
+    p = fma(z, splat(-0.5f), p);
+    return fma(n, splat(0.693359375f), m + p);
+}
+
+inline float log(float x) { return log(splat(x))[0]; }
+
+}  // namespace octavo

@@ -1,0 +1,99 @@
+"""Linear layers in one canonical order: a row's bits do not depend on how many rows share the call."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from octavo.kernels import reference
+from octavo.kernels.checks import COMPUTE_DTYPES, check
+from octavo.kernels.cpu.library import address, i64, library
+
+PANEL = 16  # output columns that are stored together
+
+
+@dataclass(slots=True)
+class PackedWeight:
+    """A weight [n, k] in the order that the ops read: panels of 16 rows where native ops exist, else plain.
+
+    `data` holds ceil(n / 16) * 16 * k elements (or n * k, plain); rows past n are zero.
+    """
+
+    data: Tensor
+    n: int
+    k: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """bfloat16 or float32."""
+        return self.data.dtype
+
+    def write_rows(self, begin: int, weight: Tensor) -> None:
+        """Place `weight` [rows, k] at rows [begin, begin + rows), converting to this dtype."""
+        check(weight, "weight", (None, self.k), (*COMPUTE_DTYPES, torch.float16), contiguous=False)
+        rows = weight.shape[0]
+        if begin < 0 or begin + rows > self.n:
+            raise ValueError(f"weight: rows [{begin}, {begin + rows}) do not fit the {self.n} rows that are packed")
+        weight = weight.to(self.dtype).contiguous()
+        lib = library()
+        if lib is None:
+            self.data.view(-1, self.k)[begin : begin + rows] = weight
+        else:
+            lib.octavo_pack_weight(
+                address(self.data), address(weight), i64(begin), i64(rows), i64(self.k), self.dtype == torch.bfloat16
+            )
+
+
+def packed_bytes(n: int, k: int, dtype: torch.dtype) -> int:
+    """Bytes of a packed weight [n, k]: what `empty_packed` allocates."""
+    rows = n if library() is None else -(-n // PANEL) * PANEL
+    return rows * k * dtype.itemsize
+
+
+def empty_packed(n: int, k: int, dtype: torch.dtype) -> PackedWeight:
+    """A packed weight to be filled with `write_rows`. Raises ValueError for an odd k in bfloat16."""
+    if dtype not in COMPUTE_DTYPES:
+        raise ValueError(f"dtype: is {dtype}, expected bfloat16 or float32")
+    if k % 2 and dtype == torch.bfloat16:
+        raise ValueError(f"k: is {k}, expected an even number in bfloat16")
+    return PackedWeight(torch.zeros(packed_bytes(n, k, dtype) // dtype.itemsize, dtype=dtype), n, k)
+
+
+def matmul(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """x @ weight.T + bias + residual, summed in float32 over k from 0 upwards, rounded once.
+
+    x: [m, k], rows may be strided, dtype of the weight; bias: [n] float32; residual: [m, n], dtype of the result.
+    Returns [m, n] in `out_dtype` (default x's; float32 is the other choice). Raises ValueError on a wrong argument.
+    """
+    out_dtype = out_dtype or x.dtype
+    check(x, "x", (None, weight.k), weight.dtype, contiguous=False)
+    m = x.shape[0]
+    if bias is not None:
+        check(bias, "bias", (weight.n,), torch.float32)
+    if residual is not None:
+        check(residual, "residual", (m, weight.n), out_dtype)
+    lib = library()
+    if lib is None:
+        return reference.matmul(x, weight.data.view(-1, weight.k), bias, residual, out_dtype)
+    out = torch.empty((m, weight.n), dtype=out_dtype)
+    lib.octavo_matmul(
+        address(x),
+        address(weight.data),
+        address(bias),
+        address(residual),
+        address(out),
+        i64(m),
+        i64(weight.n),
+        i64(weight.k),
+        i64(x.stride(0)),
+        i64(weight.n),
+        weight.dtype == torch.bfloat16,
+        out_dtype == torch.bfloat16,
+    )
+    return out

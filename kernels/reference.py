@@ -1,0 +1,182 @@
+"""What each op means, in plain torch and numpy: the oracle of the tests, and the slow path without a compiler.
+
+Same arguments as the ops of the same name; exactness over batch shapes is promised by the ops, not here.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Array = npt.NDArray[Any]
+
+
+def matmul(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    """x @ weight.T + bias + residual in float32, rounded once. x: [m, k], weight: [n, k]."""
+    out = x.float() @ weight.float().T
+    if bias is not None:
+        out = out + bias
+    if residual is not None:
+        out = out + residual.float()
+    return out.to(out_dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up. gate_up: [rows, 2 * size]."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)
+
+
+def rotary(x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
+    """The rotated heads. x: [tokens, heads, head_size]; cos_sin: [max_positions, rotary_size]."""
+    size = cos_sin.shape[1]
+    cos, sin = cos_sin[positions.long()].unsqueeze(1).chunk(2, dim=-1)
+    a, b = x[..., :size].float().chunk(2, dim=-1)
+    rotated = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    return torch.cat([rotated.to(x.dtype), x[..., size:]], dim=-1)
+
+
+def rotary_kv_write(
+    qkv: Tensor, cos_sin: Tensor, positions: Tensor, slots: Tensor, kv_cache: Tensor, num_heads: int
+) -> None:
+    """Rotate queries in place, write keys and values; K tiles of the cache are [head_size, block_size]."""
+    num_blocks, _, num_kv_heads, block_size, head_size = kv_cache.shape
+    heads = qkv.view(qkv.shape[0], -1, head_size)
+    q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+    q.copy_(rotary(q, cos_sin, positions))
+    blocks, offsets = slots // block_size, slots % block_size
+    k_tiles = kv_cache[:, 0].view(num_blocks, num_kv_heads, head_size, block_size)
+    k_tiles[blocks, :, :, offsets] = rotary(k, cos_sin, positions)
+    kv_cache[blocks, 1, :, offsets] = v
+
+
+def paged_attention(
+    qkv: Tensor,
+    kv_cache: Tensor,
+    block_tables: Tensor,
+    token_begins: Tensor,
+    context_lens: Tensor,
+    num_heads: int,
+    scale: float,
+    window: int,
+    compute_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Causal attention over paged KV, one sequence at a time. Returns [tokens, num_heads * head_size]."""
+    num_blocks, _, num_kv_heads, block_size, head_size = kv_cache.shape
+    k_tiles = kv_cache[:, 0].view(num_blocks, num_kv_heads, head_size, block_size)
+    out = torch.empty((qkv.shape[0], num_heads, head_size), dtype=qkv.dtype)
+    for s, length in enumerate(context_lens.tolist()):
+        begin, end = int(token_begins[s]), int(token_begins[s + 1])
+        blocks = block_tables[s, : -(-length // block_size)].long()
+        k = k_tiles[blocks].permute(1, 0, 3, 2).reshape(num_kv_heads, -1, head_size)[:, :length].to(compute_dtype)
+        v = kv_cache[blocks, 1].transpose(0, 1).reshape(num_kv_heads, -1, head_size)[:, :length].to(compute_dtype)
+        q = qkv[begin:end, : num_heads * head_size].view(-1, num_kv_heads, num_heads // num_kv_heads, head_size)
+        scores = torch.einsum("tngd,nkd->tngk", q.to(compute_dtype), k) * scale
+        age = torch.arange(length - (end - begin), length)[:, None] - torch.arange(length)[None, :]
+        visible = (age >= 0) & (age < window if window else torch.ones_like(age, dtype=torch.bool))
+        weights = scores.masked_fill(~visible[:, None, None, :], float("-inf")).softmax(dim=-1)
+        out[begin:end] = torch.einsum("tngk,nkd->tngd", weights, v).reshape(-1, num_heads, head_size).to(out.dtype)
+    return out.flatten(1)
+
+
+def philox(counter: Array, key: int) -> Array:
+    """Philox-4x32-10 (Salmon et al., SC 2011). counter: [..., 4] uint32; returns the same shape."""
+    c = [counter[..., i].astype(np.uint64) for i in range(4)]
+    k0, k1, low = key & 0xFFFFFFFF, key >> 32, np.uint64(0xFFFFFFFF)
+    for _ in range(10):
+        p0, p1 = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
+        high0, high1 = p0 >> np.uint64(32), p1 >> np.uint64(32)
+        c = [high1 ^ c[1] ^ np.uint64(k0), p1 & low, high0 ^ c[3] ^ np.uint64(k1), p0 & low]
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    words: Array = np.stack(c, axis=-1).astype(np.uint32)
+    return words
+
+
+def noise(token_ids: Array, output_index: int, choice_index: int, seed: int) -> Array:
+    """-log(E) of each token, E exponential: what the draw adds to logit / T."""
+    counter = np.zeros((len(token_ids), 4), np.uint32)
+    counter[:, 0] = token_ids // 4
+    counter[:, 1] = output_index
+    counter[:, 2] = choice_index
+    words = philox(counter, seed)[np.arange(len(token_ids)), token_ids % 4]
+    u = ((words >> np.uint32(9)).astype(np.float64) + 0.5) / 2.0**23
+    gumbel: Array = -np.log(-np.log(u))
+    return gumbel
+
+
+def edited(logits: Array, row: Any, tokens: Array, edits: Array, allowed: Array) -> Array:
+    """The logits of one row after penalties, edits and the allowed set; float64."""
+    x = logits.astype(np.float64)
+    seen = np.unique(tokens[: row["total_len"]])
+    penalty = float(row["repetition_penalty"])
+    x[seen] = np.where(x[seen] > 0, x[seen] / penalty, x[seen] * penalty)
+    ids, counts = np.unique(tokens[row["prompt_len"] : row["total_len"]], return_counts=True)
+    x[ids] -= float(row["presence_penalty"]) + float(row["frequency_penalty"]) * counts
+    for edit in edits[row["edits_begin"] : row["edits_end"]]:
+        x[edit["id"]] += edit["add"]
+    only = allowed[row["allowed_begin"] : row["allowed_end"]]
+    if len(only):
+        masked = np.full_like(x, -np.inf)
+        masked[only] = x[only]
+        x = masked
+    return x
+
+
+def survivors(x: Array, row: Any) -> Array:
+    """Token ids left by top-k, then top-p among those, then min-p; best first, lowest id first among equals."""
+    order = np.lexsort((np.arange(len(x)), -x))
+    order = order[x[order] > -np.inf]
+    if 0 < row["top_k"] < len(x):
+        order = order[: row["top_k"]]
+    weights = np.exp((x[order] - x[order[0]]) / float(row["temperature"]))
+    if row["top_p"] < 1:
+        before = np.cumsum(weights) - weights  # mass of the tokens ahead of each
+        keep = before < float(row["top_p"]) * weights.sum()
+        order, weights = order[keep], weights[keep]
+    left: Array = order[weights >= float(row["min_p"])]
+    return left
+
+
+def sample(
+    logits: Array, rows: Array, tokens: Array, edits: Array, allowed: Array, max_top: int
+) -> tuple[Array, Array, Array, Array]:
+    """See `octavo.kernels.sample`: token ids [rows], logprobs [rows], top ids and top logprobs [rows, max_top]."""
+    token_ids = np.empty(len(rows), np.int32)
+    logprobs = np.zeros(len(rows), np.float32)
+    top_ids = np.zeros((len(rows), max_top), np.int32)
+    top_logprobs = np.zeros((len(rows), max_top), np.float32)
+    for r, row in enumerate(rows):
+        raw = logits[r].astype(np.float64)
+        if np.isnan(raw).any() or not np.isfinite(raw.max()):
+            token_ids[r] = -1
+            continue
+        if row["target"] >= 0:
+            token_ids[r] = row["target"]
+        else:
+            x = edited(logits[r], row, tokens[row["slot"]], edits, allowed)
+            if x.max() == -np.inf:
+                token_ids[r] = -2
+                continue
+            if row["temperature"] == 0:
+                token_ids[r] = x.argmax()
+            else:
+                ids = survivors(x, row)
+                index = int(row["total_len"] - row["prompt_len"])
+                score = x[ids] / float(row["temperature"])
+                score = score + noise(ids, index, int(row["choice_index"]), int(row["seed"]))
+                token_ids[r] = ids[np.lexsort((ids, -score))[0]]
+        if row["num_top"] >= 0:
+            raw = raw - (raw.max() + np.log(np.exp(raw - raw.max()).sum()))
+            logprobs[r] = raw[token_ids[r]]
+            best = np.lexsort((np.arange(len(raw)), -raw))[: row["num_top"]]
+            top_ids[r, : len(best)] = best
+            top_logprobs[r, : len(best)] = raw[best]
+    return token_ids, logprobs, top_ids, top_logprobs

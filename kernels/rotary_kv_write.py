@@ -1,0 +1,49 @@
+"""Rotary embedding of queries and keys, fused with writing keys and values to the paged cache."""
+
+import torch
+from torch import Tensor
+
+from octavo.kernels import reference
+from octavo.kernels.checks import COMPUTE_DTYPES, check
+from octavo.kernels.cpu.library import address, i64, library
+
+
+def rotary_kv_write(
+    qkv: Tensor, cos_sin: Tensor, positions: Tensor, slots: Tensor, kv_cache: Tensor, num_heads: int
+) -> None:
+    """Rotate the queries in place; write rotated keys and plain values to their slots.
+
+    qkv: [tokens, (num_heads + 2 * num_kv_heads) * head_size]; cos_sin: [max_positions, rotary_size] float32, cosines
+    then sines of the first rotary_size / 2 pairs; positions: [tokens] int32; slots: [tokens] int64,
+    block * block_size + offset; kv_cache: [num_blocks, 2, num_kv_heads, block_size, head_size], dtype of qkv, K tiles
+    transposed inside. Positions and slots are not checked against their ranges. Raises ValueError on a wrong argument.
+    Su et al., arXiv 2104.09864; the halves of a head are rotated, as Llama checkpoints expect.
+    """
+    check(kv_cache, "kv_cache", (None, 2, None, None, None), COMPUTE_DTYPES)
+    _, _, num_kv_heads, block_size, head_size = kv_cache.shape
+    tokens = qkv.shape[0]
+    check(qkv, "qkv", (None, (num_heads + 2 * num_kv_heads) * head_size), kv_cache.dtype)
+    check(cos_sin, "cos_sin", (None, None), torch.float32)
+    check(positions, "positions", (tokens,), torch.int32)
+    check(slots, "slots", (tokens,), torch.int64)
+    if cos_sin.shape[1] > head_size or cos_sin.shape[1] % 2:
+        raise ValueError(f"cos_sin: rotary size is {cos_sin.shape[1]}, expected even and at most {head_size}")
+    lib = library()
+    if lib is None:
+        reference.rotary_kv_write(qkv, cos_sin, positions, slots, kv_cache, num_heads)
+        return
+    lib.octavo_rotary_kv_write(
+        address(qkv),
+        address(cos_sin),
+        address(positions),
+        address(slots),
+        address(kv_cache),
+        i64(tokens),
+        i64(qkv.stride(0)),
+        i64(num_heads),
+        i64(num_kv_heads),
+        i64(head_size),
+        i64(cos_sin.shape[1]),
+        i64(block_size),
+        qkv.dtype == torch.bfloat16,
+    )

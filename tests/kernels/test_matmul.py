@@ -1,0 +1,98 @@
+"""matmul, embedding and packing against the float64 product, and the promise that a row's bits stand by themselves."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from octavo.kernels.embedding import embedding
+from octavo.kernels.matmul import PackedWeight, empty_packed, matmul, packed_bytes
+
+DTYPES = [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)]
+
+
+def packed(weight: torch.Tensor) -> PackedWeight:
+    result = empty_packed(weight.shape[0], weight.shape[1], weight.dtype)
+    result.write_rows(0, weight)
+    return result
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+@pytest.mark.parametrize(("n", "k"), [(16, 2), (1, 8), (17, 34), (64, 64), (100, 576), (576, 1536), (333, 130)])
+@pytest.mark.parametrize("m", [1, 2, 3, 5, 6, 7, 13, 64])
+def test_product(m: int, n: int, k: int, dtype: torch.dtype, tolerance: float) -> None:
+    torch.manual_seed(n * k + m)
+    x, w = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
+    bias, residual = torch.randn(n), torch.randn(m, n).to(dtype)
+    exact = x.double() @ w.double().T
+    weight = packed(w)
+    scale = k**0.5
+    for out, want in [
+        (matmul(x, weight), exact),
+        (matmul(x, weight, bias=bias), exact + bias.double()),
+        (matmul(x, weight, residual=residual), exact + residual.double()),
+        (matmul(x, weight, bias=bias, residual=residual), exact + bias.double() + residual.double()),
+    ]:
+        assert out.dtype == dtype
+        torch.testing.assert_close(out.double(), want, atol=tolerance * scale, rtol=tolerance)
+    wide = matmul(x, weight, out_dtype=torch.float32)
+    torch.testing.assert_close(wide.double(), exact, atol=1e-5 * scale, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "k"), [(960, 576), (576, 1536), (2048, 5632), (2560, 2048), (49152, 64)])
+def test_row_alone_has_the_bits_it_has_in_a_batch(n: int, k: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(70, k).to(dtype), packed(torch.randn(n, k).to(dtype))
+    whole = matmul(x, weight)
+    for m in (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 33, 64):
+        for begin in (0, 3):
+            assert torch.equal(matmul(x[begin : begin + m], weight), whole[begin : begin + m]), (m, begin)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_bits_do_not_depend_on_threads(threads: int) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(9, 576).bfloat16(), packed(torch.randn(592, 576).bfloat16())
+    want = matmul(x, weight)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        assert torch.equal(matmul(x, weight), want)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_strided_rows() -> None:
+    torch.manual_seed(0)
+    wide, weight = torch.randn(5, 96), packed(torch.randn(20, 32))
+    assert torch.equal(matmul(wide[:, 32:64], weight), matmul(wide[:, 32:64].contiguous(), weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_written_in_pieces_and_looked_up(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    w = torch.randn(45, 32).to(dtype)
+    weight = empty_packed(45, 32, dtype)
+    for begin, end in [(7, 23), (0, 7), (23, 45)]:
+        weight.write_rows(begin, w[begin:end])
+    ids = torch.tensor([44, 0, 7, 16, 15, 44], dtype=torch.int32)
+    assert torch.equal(embedding(ids, weight), w[ids])
+    assert packed_bytes(45, 32, dtype) == weight.data.numel() * dtype.itemsize
+
+
+def test_wrong_arguments_are_named() -> None:
+    weight = packed(torch.randn(20, 32))
+    wrong: list[tuple[Callable[[], object], str]] = [
+        (lambda: matmul(torch.randn(2, 31), weight), r"x: shape is \(2, 31\), expected \(any, 32\)"),
+        (lambda: matmul(torch.randn(2, 32).double(), weight), "x: dtype is torch.float64"),
+        (lambda: matmul(torch.randn(32, 2).T, weight), "x: strides"),
+        (lambda: matmul(torch.randn(2, 32), weight, bias=torch.randn(19)), "bias: shape"),
+        (lambda: matmul(torch.randn(2, 32), weight, residual=torch.randn(3, 20)), "residual: shape"),
+        (lambda: weight.write_rows(10, torch.randn(11, 32)), r"rows \[10, 21\) do not fit the 20 rows"),
+        (lambda: empty_packed(4, 3, torch.bfloat16), "k: is 3, expected an even number"),
+        (lambda: empty_packed(4, 4, torch.float16), "dtype: is torch.float16"),
+    ]
+    for call, words in wrong:
+        with pytest.raises(ValueError, match=words):
+            call()
