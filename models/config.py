@@ -1,0 +1,193 @@
+"""The one reader of a checkpoint's config.json: read as data, checked, turned into a `ModelConfig`."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """config.json is missing, malformed, or describes what is not supported. The text is one line for a person."""
+
+
+@dataclass(frozen=True, slots=True)
+class RopeConfig:
+    """Rotary embedding. `kind` is default, linear or llama3; the rest as the checkpoint names it."""
+
+    theta: float
+    kind: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """A Llama-family model. Sizes in elements; `windows` has one entry per layer, 0 for full attention."""
+
+    architecture: str
+    dtype: str  # of the checkpoint, as config.json names it
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    rms_norm_eps: float
+    max_position: int
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    windows: tuple[int, ...]
+    rope: RopeConfig
+
+    @property
+    def q_size(self) -> int:
+        """Width of all query heads."""
+        return self.num_heads * self.head_size
+
+    @property
+    def kv_size(self) -> int:
+        """Width of all key heads, or of all value heads."""
+        return self.num_kv_heads * self.head_size
+
+
+# architecture -> whether it (has a QKV bias whatever the file says, normalises queries and keys)
+ARCHITECTURES = {
+    "LlamaForCausalLM": (False, False),
+    "MistralForCausalLM": (False, False),
+    "Qwen2ForCausalLM": (True, False),
+    "Qwen3ForCausalLM": (False, True),
+}
+# A bound on every size, so that a hostile file cannot ask for absurd memory: (least, most)
+_BOUNDS = {
+    "vocab_size": (2, 1 << 22),
+    "hidden_size": (16, 1 << 17),
+    "intermediate_size": (16, 1 << 19),
+    "num_hidden_layers": (1, 1024),
+    "num_attention_heads": (1, 1024),
+    "num_key_value_heads": (1, 1024),
+    "head_dim": (16, 256),
+    "max_position_embeddings": (1, 1 << 27),
+}
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The configuration of the model in `folder`. Raises ConfigError."""
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist: is {folder} a Hugging Face model folder?") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected an object")
+    try:
+        return parse_config(raw)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
+    """The configuration from config.json's content. Raises ConfigError that names the key."""
+    architectures = raw.get("architectures")
+    architecture = architectures[0] if isinstance(architectures, list) and architectures else None
+    if architecture not in ARCHITECTURES:
+        raise ConfigError(f"architecture {architecture!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
+    if raw.get("quantization_config") is not None:
+        method = raw["quantization_config"].get("quant_method") if isinstance(raw["quantization_config"], dict) else "?"
+        raise ConfigError(f"quantization {method!r} is not supported yet")
+    if (activation := raw.get("hidden_act", "silu")) != "silu":
+        raise ConfigError(f"hidden_act {activation!r} is not supported; supported: silu")
+    always_qkv_bias, qk_norm = ARCHITECTURES[architecture]
+    heads = _size(raw, "num_attention_heads")
+    hidden = _size(raw, "hidden_size")
+    kv_heads = _size(raw, "num_key_value_heads", heads)
+    head_size = _size(raw, "head_dim", hidden // heads)
+    layers = _size(raw, "num_hidden_layers")
+    if heads % kv_heads:
+        raise ConfigError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+    inner = _size(raw, "intermediate_size")
+    for name, value in (("head_dim", head_size), ("hidden_size", hidden), ("intermediate_size", inner)):
+        if value % 16:
+            raise ConfigError(f"{name} is {value}, expected a multiple of 16")
+    attention_bias = bool(raw.get("attention_bias", False))
+    return ModelConfig(
+        architecture=architecture,
+        dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
+        vocab_size=_size(raw, "vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_size=head_size,
+        rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
+        max_position=_size(raw, "max_position_embeddings", 2048),
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        qkv_bias=always_qkv_bias or attention_bias,
+        output_bias=attention_bias,
+        mlp_bias=bool(raw.get("mlp_bias", False)),
+        qk_norm=qk_norm,
+        windows=_windows(raw, architecture, layers),
+        rope=_rope(raw),
+    )
+
+
+def _size(raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = raw.get(key)
+    value = default if value is None else value
+    low, high = _BOUNDS[key]
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ConfigError(f"{key} is {value!r}, expected an integer from {low} to {high}")
+    return value
+
+
+def _number(raw: Mapping[str, Any], key: str, default: float) -> float:
+    value = raw.get(key, default)
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e12:
+        raise ConfigError(f"{key} is {value!r}, expected a positive number")
+    return float(value)
+
+
+def _windows(raw: Mapping[str, Any], architecture: str, layers: int) -> tuple[int, ...]:
+    window = raw.get("sliding_window")
+    if architecture.startswith("Qwen") and not raw.get("use_sliding_window", False):
+        window = None
+    if architecture == "LlamaForCausalLM" or window is None:
+        return (0,) * layers
+    if not isinstance(window, int) or window < 1:
+        raise ConfigError(f"sliding_window is {window!r}, expected a positive integer")
+    types = raw.get("layer_types")
+    if types is None:
+        full = raw.get("max_window_layers", 0) if architecture.startswith("Qwen") else 0
+        types = ["full_attention" if i < full else "sliding_attention" for i in range(layers)]
+    kinds = {"full_attention": 0, "sliding_attention": window}
+    if len(types) != layers or not set(types) <= set(kinds):
+        raise ConfigError(f"layer_types: expected {layers} entries out of {', '.join(kinds)}")
+    return tuple(kinds[kind] for kind in types)
+
+
+def _rope(raw: Mapping[str, Any]) -> RopeConfig:
+    parameters = raw.get("rope_parameters") or {}
+    scaling = raw.get("rope_scaling") or parameters
+    if not isinstance(parameters, dict) or not isinstance(scaling, dict):
+        raise ConfigError("rope_parameters: expected an object")
+    theta = _number(parameters if "rope_theta" in parameters else raw, "rope_theta", 10000.0)
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind not in ("default", "linear", "llama3"):
+        raise ConfigError(f"rope type {kind!r} is not supported; supported: default, linear, llama3")
+    return RopeConfig(
+        theta=theta,
+        kind=kind,
+        factor=_number(scaling, "factor", 1.0),
+        low_freq_factor=_number(scaling, "low_freq_factor", 1.0),
+        high_freq_factor=_number(scaling, "high_freq_factor", 4.0),
+        original_max_position=int(_number(scaling, "original_max_position_embeddings", 8192)),
+    )

@@ -1,0 +1,172 @@
+"""The pieces a decoder is made of. Each knows the checkpoint tensors it is filled from, and how to place them."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from octavo.kernels.embedding import embedding
+from octavo.kernels.matmul import PackedWeight, empty_packed, matmul
+from octavo.kernels.paged_attention import paged_attention
+from octavo.kernels.rms_norm import rms_norm, rms_norm_heads
+from octavo.kernels.rotary_kv_write import rotary_kv_write
+from octavo.kernels.silu_mul import silu_mul
+from octavo.models.batch import ForwardBatch
+from octavo.models.config import ModelConfig, RopeConfig
+
+
+@dataclass(slots=True)
+class Parameter:
+    """A checkpoint tensor that a layer wants: its shape, and the function that takes its values (any float dtype)."""
+
+    shape: tuple[int, ...]
+    place: Callable[[Tensor], object]
+
+
+Parameters = dict[str, Parameter]  # checkpoint name -> parameter
+
+
+class Linear:
+    """out = x @ weight.T + bias; several checkpoint weights may be stacked along the outputs."""
+
+    def __init__(self, k: int, parts: dict[str, int], dtype: torch.dtype, bias: bool = False) -> None:
+        """k: inputs; parts: checkpoint module name -> outputs, stacked in this order."""
+        self.parts = parts
+        n = sum(parts.values())
+        self.weight = empty_packed(n, k, dtype)
+        self.bias = torch.zeros(n, dtype=torch.float32) if bias else None
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None, out_dtype: torch.dtype | None = None) -> Tensor:
+        """x: [rows, k]; returns [rows, n], plus residual."""
+        return matmul(x, self.weight, self.bias, residual, out_dtype)
+
+    def parameters(self) -> Parameters:
+        """Weights (and biases) by checkpoint name."""
+        found: Parameters = {}
+        begin = 0
+        for name, n in self.parts.items():
+            found[f"{name}.weight"] = Parameter((n, self.weight.k), _write_rows(self.weight, begin))
+            if self.bias is not None:
+                found[f"{name}.bias"] = Parameter((n,), self.bias[begin : begin + n].copy_)
+            begin += n
+        return found
+
+
+def _write_rows(weight: PackedWeight, begin: int) -> Callable[[Tensor], None]:
+    return lambda tensor: weight.write_rows(begin, tensor)
+
+
+class Norm:
+    """RMSNorm with its weight in float32."""
+
+    def __init__(self, name: str, size: int, eps: float) -> None:
+        self.name, self.eps = name, eps
+        self.weight = torch.zeros(size, dtype=torch.float32)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: [rows, size]."""
+        return rms_norm(x, self.weight, self.eps)
+
+    def parameters(self) -> Parameters:
+        """The weight by checkpoint name."""
+        return {f"{self.name}.weight": Parameter(tuple(self.weight.shape), self.weight.copy_)}
+
+
+class Embedding:
+    """Token embedding, which may also serve as the output head."""
+
+    def __init__(self, name: str, vocab_size: int, hidden_size: int, dtype: torch.dtype) -> None:
+        self.name = name
+        self.weight = empty_packed(vocab_size, hidden_size, dtype)
+
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        """token_ids: [tokens] int32; returns [tokens, hidden]."""
+        return embedding(token_ids, self.weight)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden: [rows, hidden]; returns [rows, vocab] float32."""
+        return matmul(hidden, self.weight, out_dtype=torch.float32)
+
+    def parameters(self) -> Parameters:
+        """The weight by checkpoint name."""
+        return {f"{self.name}.weight": Parameter((self.weight.n, self.weight.k), _write_rows(self.weight, 0))}
+
+
+class Attention:
+    """Self-attention of one layer: QKV, optional norm of queries and keys, rotary, paged attention, output."""
+
+    def __init__(self, name: str, config: ModelConfig, window: int, dtype: torch.dtype) -> None:
+        self.config, self.window = config, window
+        q, kv = config.q_size, config.kv_size
+        parts = {f"{name}.q_proj": q, f"{name}.k_proj": kv, f"{name}.v_proj": kv}
+        self.qkv = Linear(config.hidden_size, parts, dtype, bias=config.qkv_bias)
+        self.output = Linear(q, {f"{name}.o_proj": config.hidden_size}, dtype, bias=config.output_bias)
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:
+            self.q_norm = Norm(f"{name}.q_norm", config.head_size, config.rms_norm_eps)
+            self.k_norm = Norm(f"{name}.k_norm", config.head_size, config.rms_norm_eps)
+
+    def __call__(self, x: Tensor, residual: Tensor, batch: ForwardBatch, cos_sin: Tensor, kv_cache: Tensor) -> Tensor:
+        """x, residual: [tokens, hidden]; kv_cache: this layer's. Returns residual + attention(x)."""
+        config = self.config
+        qkv = self.qkv(x)  # [tokens, (heads + 2 * kv_heads) * head_size]
+        if self.q_norm is not None and self.k_norm is not None:
+            rms_norm_heads(qkv, 0, config.num_heads, self.q_norm.weight, self.q_norm.eps)
+            rms_norm_heads(qkv, config.q_size, config.num_kv_heads, self.k_norm.weight, self.k_norm.eps)
+        rotary_kv_write(qkv, cos_sin, batch.positions, batch.slots, kv_cache, config.num_heads)
+        out = paged_attention(
+            qkv,
+            kv_cache,
+            batch.block_tables,
+            batch.token_begins,
+            batch.context_lens,
+            config.num_heads,
+            config.head_size**-0.5,
+            self.window,
+        )
+        return self.output(out, residual)
+
+    def parameters(self) -> Parameters:
+        """All tensors by checkpoint name."""
+        norms = {**self.q_norm.parameters(), **self.k_norm.parameters()} if self.q_norm and self.k_norm else {}
+        return {**self.qkv.parameters(), **self.output.parameters(), **norms}
+
+
+class Mlp:
+    """SwiGLU MLP of one layer."""
+
+    def __init__(self, name: str, config: ModelConfig, dtype: torch.dtype) -> None:
+        size = config.intermediate_size
+        parts = {f"{name}.gate_proj": size, f"{name}.up_proj": size}
+        self.gate_up = Linear(config.hidden_size, parts, dtype, bias=config.mlp_bias)
+        self.down = Linear(size, {f"{name}.down_proj": config.hidden_size}, dtype, bias=config.mlp_bias)
+
+    def __call__(self, x: Tensor, residual: Tensor) -> Tensor:
+        """x, residual: [tokens, hidden]. Returns residual + mlp(x)."""
+        return self.down(silu_mul(self.gate_up(x)), residual)
+
+    def parameters(self) -> Parameters:
+        """All tensors by checkpoint name."""
+        return {**self.gate_up.parameters(), **self.down.parameters()}
+
+
+def rotary_table(rope: RopeConfig, head_size: int, max_len: int) -> Tensor:
+    """cosines, then sines, of each position's angles: [max_len, head_size] float32.
+
+    Angles are float32 products, as the reference implementations compute them. The llama3 kind stretches wavelengths
+    beyond original_max_position / low_freq_factor by `factor`, keeps those under original / high_freq_factor, and
+    blends in between.
+    """
+    inverse = 1.0 / rope.theta ** (torch.arange(0, head_size, 2, dtype=torch.int64).float() / head_size)
+    if rope.kind == "linear":
+        inverse = inverse / rope.factor
+    if rope.kind == "llama3":
+        wavelength = 2 * math.pi / inverse
+        ratio = rope.original_max_position / wavelength
+        blend = (ratio - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        blend = blend.clamp(0.0, 1.0)
+        inverse = (1 - blend) * inverse / rope.factor + blend * inverse
+    angles = torch.arange(max_len).float()[:, None] * inverse[None, :]
+    return torch.cat([angles.cos(), angles.sin()], dim=1).contiguous()

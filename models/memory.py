@@ -1,0 +1,53 @@
+"""Bytes before they are taken: the figures that planning prints and that allocation then uses."""
+
+import torch
+
+from octavo.kernels.matmul import packed_bytes
+from octavo.models.config import ModelConfig
+
+LOGITS_ROWS = 64  # rows of the vocabulary-wide logits that exist at once
+
+
+def linear_shapes(config: ModelConfig) -> list[tuple[int, int]]:
+    """(outputs, inputs) of every weight matrix: embedding, layers, and the head unless it is tied."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    qkv = (config.q_size + 2 * config.kv_size, hidden)
+    layer = [qkv, (hidden, config.q_size), (2 * inner, hidden), (hidden, inner)]
+    heads = 1 if config.tie_word_embeddings else 2
+    return heads * [(config.vocab_size, hidden)] + config.num_layers * layer
+
+
+def num_vector_parameters(config: ModelConfig) -> int:
+    """Elements of norms and biases, kept in float32."""
+    qkv = config.q_size + 2 * config.kv_size
+    layer = 2 * config.hidden_size + config.qkv_bias * qkv + config.output_bias * config.hidden_size
+    layer += config.mlp_bias * (2 * config.intermediate_size + config.hidden_size)
+    layer += config.qk_norm * 2 * config.head_size
+    return config.num_layers * layer + config.hidden_size
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """Parameters of the model, tied ones counted once."""
+    return sum(n * k for n, k in linear_shapes(config)) + num_vector_parameters(config)
+
+
+def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes of all weights as they lie in memory."""
+    return sum(packed_bytes(n, k, dtype) for n, k in linear_shapes(config)) + 4 * num_vector_parameters(config)
+
+
+def kv_block_shape(config: ModelConfig, num_blocks: int, block_size: int) -> tuple[int, int, int, int, int]:
+    """Shape of one layer's KV cache."""
+    return (num_blocks, 2, config.num_kv_heads, block_size, config.head_size)
+
+
+def kv_block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one KV block over all layers."""
+    return config.num_layers * 2 * config.num_kv_heads * block_size * config.head_size * dtype.itemsize
+
+
+def workspace_bytes(config: ModelConfig, num_tokens: int, max_len: int, dtype: torch.dtype) -> int:
+    """Most bytes of activations in a step of `num_tokens` tokens, of its logits, and of the rotary table."""
+    qkv = config.q_size + 2 * config.kv_size
+    widest = max(qkv + config.q_size, 3 * config.intermediate_size) + 3 * config.hidden_size
+    return num_tokens * widest * dtype.itemsize + 4 * LOGITS_ROWS * config.vocab_size + 4 * max_len * config.head_size

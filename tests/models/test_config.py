@@ -1,0 +1,57 @@
+"""config.json is data: what is not supported or not sane is refused by name."""
+
+from typing import Any
+
+import pytest
+
+from octavo.models.config import ConfigError, parse_config
+
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 320,
+    "hidden_size": 96,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
+        ({"architectures": None}, "architecture None"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"quantization_config": {"quant_method": "awq"}}, "'awq' is not supported yet"),
+        ({"vocab_size": -1}, "vocab_size is -1"),
+        ({"vocab_size": "320"}, "vocab_size is '320'"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+        ({"num_key_value_heads": 4}, "num_attention_heads 6 is not a multiple of num_key_value_heads 4"),
+        ({"hidden_size": 90}, "expected"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope type 'yarn'"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 0}, "sliding_window is 0"),
+    ],
+)
+def test_refused(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        parse_config({**LLAMA, **change})
+
+
+def test_old_and_new_names_of_rope() -> None:
+    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    old = parse_config({**LLAMA, "rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **scaling}})
+    new = parse_config({**LLAMA, "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **scaling}})
+    assert old == new
+    assert old.rope.theta == 5e5 and old.rope.original_max_position == 64
+
+
+def test_windows_per_layer() -> None:
+    qwen = {**LLAMA, "architectures": ["Qwen2ForCausalLM"], "sliding_window": 7, "max_window_layers": 1}
+    assert parse_config(qwen).windows == (0, 0, 0)
+    assert parse_config({**qwen, "use_sliding_window": True}).windows == (0, 7, 7)
+    types = ["sliding_attention", "full_attention", "full_attention"]
+    assert parse_config({**qwen, "use_sliding_window": True, "layer_types": types}).windows == (7, 0, 0)
+    assert parse_config({**LLAMA, "architectures": ["MistralForCausalLM"], "sliding_window": 9}).windows == (9, 9, 9)
