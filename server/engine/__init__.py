@@ -1,0 +1,1 @@
+"""The engine: request, block pool, prefix cache, scheduler and plan (pure Python), and the processes around them."""

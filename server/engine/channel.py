@@ -1,0 +1,136 @@
+"""What front end and engine say to each other, and how it is framed.
+
+Messages are typed msgpack (msgspec decodes into these classes or refuses); a frame is a 4-byte little-endian length and
+the message. The channel is a socket pair that the engine inherits: nothing listens, nothing is in the file system.
+"""
+
+import struct
+from dataclasses import dataclass
+
+import msgspec
+
+from octavo.server.engine.request import Delta, GenerationRequest
+
+_LENGTH = struct.Struct("<I")
+MAX_FRAME_BYTES = 256 << 20
+
+
+class Add(msgspec.Struct, tag="add"):
+    """Front end -> engine: run this request."""
+
+    request: GenerationRequest
+
+
+class Abort(msgspec.Struct, tag="abort"):
+    """Front end -> engine: forget these choices (None: all of a request). Unknown ids are ignored."""
+
+    request_id: str
+    choice_index: int | None = None
+
+
+class Ping(msgspec.Struct, tag="ping"):
+    """Front end -> engine: answer with `Pong` between two steps."""
+
+    sent_s: float
+
+
+@dataclass(slots=True)
+class EngineInfo:
+    """Facts about the loaded model and its memory, known once the engine is ready."""
+
+    model_name: str
+    architecture: str
+    dtype: str
+    max_model_len: int
+    vocab_size: int
+    num_parameters: int
+    weight_bytes: int
+    num_blocks: int
+    block_size: int
+    kv_cache_bytes: int
+    kernels: str  # the variant of native ops in use, for the start-up lines
+    num_threads: int
+    load_s: float
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """State after a step, and what the step added. Counters are since the engine's start."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_deferred: int = 0  # of the waiting: choices that wait for their request's first one to compute the prompt
+    num_blocks_used: int = 0  # owned by choices; cached but unowned blocks count as free
+    prefix_cache_queries: int = 0  # tokens
+    prefix_cache_hits: int = 0  # tokens
+    num_preemptions: int = 0
+    prompt_tokens_computed: int = 0  # by local computation, recomputation after preemption not counted
+    prompt_tokens_cached: int = 0
+    generation_tokens: int = 0
+    step: int = 0
+    step_tokens: int = 0  # tokens computed in the last step
+    step_s: float = 0.0  # duration of the last step
+
+
+class Ready(msgspec.Struct, tag="ready"):
+    """Engine -> front end: the model is loaded and warm."""
+
+    info: EngineInfo
+
+
+class Failed(msgspec.Struct, tag="failed"):
+    """Engine -> front end: it cannot start (`startup`) or cannot go on. `message` is one line for a person."""
+
+    message: str
+    startup: bool
+
+
+class StepOutput(msgspec.Struct, tag="step"):
+    """Engine -> front end: what a step produced, for all requests at once."""
+
+    epoch: int
+    deltas: list[Delta]
+    stats: EngineStats
+
+
+class Pong(msgspec.Struct, tag="pong"):
+    """Engine -> front end: alive, idle or between steps."""
+
+    sent_s: float
+    stats: EngineStats
+
+
+ToEngine = Add | Abort | Ping
+ToFrontEnd = Ready | Failed | StepOutput | Pong
+
+_encoder = msgspec.msgpack.Encoder()
+decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
+decode_to_front_end = msgspec.msgpack.Decoder(ToFrontEnd).decode
+
+
+def encode_frame(message: ToEngine | ToFrontEnd) -> bytes:
+    """The message as a frame: length, then msgpack."""
+    body = _encoder.encode(message)
+    return _LENGTH.pack(len(body)) + body
+
+
+class FrameBuffer:
+    """Cuts a byte stream into frames. Raises ValueError on a length over MAX_FRAME_BYTES."""
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """Bodies of the frames that `data` completes, in order."""
+        self._data += data
+        bodies, at = [], 0
+        while len(self._data) - at >= 4:
+            (length,) = _LENGTH.unpack_from(self._data, at)
+            if length > MAX_FRAME_BYTES:
+                raise ValueError(f"frame of {length} bytes is over the limit of {MAX_FRAME_BYTES}")
+            if len(self._data) - at - 4 < length:
+                break
+            bodies.append(bytes(self._data[at + 4 : at + 4 + length]))
+            at += 4 + length
+        del self._data[:at]
+        return bodies

@@ -1,0 +1,114 @@
+"""The engine process: `python -m octavo.server.engine.process FD CONFIG`, started with a socket that it inherits.
+
+Receives requests, runs steps while there is work, replies with deltas; ends when the other side of the socket does.
+"""
+
+import ctypes
+import gc
+import os
+import select
+import signal
+import socket
+import sys
+import traceback
+
+from octavo.server.config import EngineConfig
+from octavo.server.engine.channel import (
+    Abort,
+    Add,
+    Failed,
+    FrameBuffer,
+    Ping,
+    Pong,
+    Ready,
+    StepOutput,
+    ToEngine,
+    ToFrontEnd,
+    decode_to_engine,
+    encode_frame,
+)
+from octavo.server.engine.engine import Engine
+from octavo.server.errors import StartupError
+
+EPOCH = 0
+RECEIVE_BYTES = 1 << 20
+PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent ends, however that happens (Linux)."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() == 1:  # the parent ended before the call
+        os._exit(1)
+
+
+class EngineProcess:
+    """Serves one engine over one socket."""
+
+    def __init__(self, engine: Engine, channel: socket.socket) -> None:
+        self._engine, self._channel = engine, channel
+        self._buffer = FrameBuffer()
+
+    def run(self) -> None:
+        """Returns when the other side closes the socket."""
+        while self._receive(block=not self._engine.has_work):
+            if self._engine.has_work:
+                deltas = self._engine.step()
+                self._send(StepOutput(EPOCH, deltas, self._engine.stats()))
+
+    def _receive(self, block: bool) -> bool:
+        """Handle what has come in; with `block`, wait for something. False: the other side is gone."""
+        ready, _, _ = select.select([self._channel], [], [], None if block else 0)
+        if not ready:
+            return True
+        data = self._channel.recv(RECEIVE_BYTES)
+        for body in self._buffer.feed(data):
+            self._handle(decode_to_engine(body))
+        return bool(data)
+
+    def _handle(self, message: ToEngine) -> None:
+        match message:
+            case Add(request):
+                self._engine.add(request)
+            case Abort(request_id, choice_index):
+                deltas = self._engine.abort(request_id, choice_index)
+                self._send(StepOutput(EPOCH, deltas, self._engine.stats()))
+            case Ping(sent_s):
+                self._send(Pong(sent_s, self._engine.stats()))
+
+    def _send(self, message: ToFrontEnd) -> None:
+        self._channel.sendall(encode_frame(message))
+
+
+def main() -> int:
+    """Exit status: 0 when the front end closed the socket, 1 where the engine could not start or failed."""
+    die_with_parent()
+    # Ctrl-C and service managers signal the whole group; when to stop is the front end's decision.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    channel = socket.socket(fileno=int(sys.argv[1]))
+    started = False
+    try:
+        engine = Engine(EngineConfig.from_json(sys.argv[2]))
+        channel.sendall(encode_frame(Ready(engine.info)))
+        started = True
+        # Nothing loaded so far is ever garbage: keep the collector from walking it.
+        gc.collect()
+        gc.freeze()
+        EngineProcess(engine, channel).run()
+    except (BrokenPipeError, ConnectionResetError):
+        return 0
+    except Exception as error:
+        if not isinstance(error, StartupError):
+            traceback.print_exc()
+        message = str(error) if isinstance(error, StartupError) else f"engine failed: {type(error).__name__}"
+        try:
+            channel.sendall(encode_frame(Failed(message, startup=not started)))
+        except OSError:
+            pass
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

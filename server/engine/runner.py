@@ -1,0 +1,191 @@
+"""One rank's work: holds the model, the KV cache and the state of each slot; turns a step plan into tokens.
+
+Knows nothing of queues or requests. State of a slot: its tokens, its block table, its sampling parameters; all
+preallocated, gathered by whole columns, so that a step has no loop over its choices but for those with rare options.
+"""
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from octavo.kernels.sample import EDIT, ROW, sample
+from octavo.models.batch import ForwardBatch
+from octavo.models.config import ModelConfig
+from octavo.models.llama import Llama
+from octavo.models.memory import LOGITS_ROWS, kv_block_shape
+from octavo.server.engine.plan import NewChoice, StepPlan, StepResult
+from octavo.server.engine.request import SamplingParams, TokenLogprobs
+
+
+class Runner:
+    """Executes step plans in order."""
+
+    def __init__(
+        self, model: Llama, *, num_blocks: int, block_size: int, max_num_seqs: int, max_model_len: int
+    ) -> None:
+        self.model = model
+        self._block_size = block_size
+        config: ModelConfig = model.config
+        shape = kv_block_shape(config, num_blocks, block_size)
+        # Zeros are written, so that the memory is there from the start.
+        self.kv_caches = [torch.empty(shape, dtype=model.dtype).zero_() for _ in range(config.num_layers)]
+        self._tokens = torch.zeros((max_num_seqs, max_model_len), dtype=torch.int32)
+        self._tables = torch.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=torch.int32)
+        self._table_lens = [0] * max_num_seqs
+        self._token_rows, self._table_rows = self._tokens.numpy(), self._tables.numpy()
+        self._rows = np.zeros(max_num_seqs, ROW)  # sampling parameters
+        self._params: list[SamplingParams | None] = [None] * max_num_seqs
+        # Slots with options that need a look at each step: logit_bias, allowed_token_ids, bad_words, min_tokens.
+        self._special: set[int] = set()
+        self._wants_prompt_logprobs: set[int] = set()
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run one step. Raises nothing for a single choice's sake: non-finite logits fail that choice alone."""
+        for choice in plan.new_choices:
+            self._place(choice)
+        for slot, blocks in plan.new_blocks:
+            begin = self._table_lens[slot]
+            self._table_rows[slot, begin : begin + len(blocks)] = blocks
+            self._table_lens[slot] = begin + len(blocks)
+        slots, starts = np.array(plan.slots), np.array(plan.starts)
+        nums, samples = np.array(plan.nums), np.array(plan.samples)
+        ends = np.cumsum(nums)
+        hidden = self.model.forward(self._batch(slots, starts, nums, ends), self.kv_caches)
+        result = StepResult(plan.epoch, plan.step)
+        for index in self._prompt_logprob_indices(plan):
+            self._prompt_logprobs(result, plan, index, hidden[ends[index] - nums[index] : ends[index]])
+        sampled = np.flatnonzero(samples)
+        if len(sampled):
+            self._sample(result, sampled, slots, starts + nums, hidden[torch.from_numpy(ends[sampled] - 1)])
+        return result
+
+    def _place(self, choice: NewChoice) -> None:
+        slot, params = choice.slot, choice.params
+        self._token_rows[slot, : len(choice.token_ids)] = choice.token_ids
+        self._table_lens[slot] = 0
+        self._params[slot] = params
+        row = self._rows[slot]
+        for name in ROW.names or ():
+            if hasattr(params, name):
+                row[name] = getattr(params, name)
+        row["slot"] = slot
+        row["prompt_len"] = choice.num_prompt_tokens
+        row["choice_index"] = choice.choice_index
+        row["num_top"] = -1 if params.logprobs is None else params.logprobs
+        row["target"] = -1
+        special = params.logit_bias or params.allowed_token_ids or params.bad_words or params.min_tokens
+        (self._special.add if special else self._special.discard)(slot)
+        scores_prompt = params.prompt_logprobs is not None and choice.choice_index == 0
+        (self._wants_prompt_logprobs.add if scores_prompt else self._wants_prompt_logprobs.discard)(slot)
+
+    def _batch(self, slots: np.ndarray, starts: np.ndarray, nums: np.ndarray, ends: np.ndarray) -> ForwardBatch:
+        sequence = np.repeat(np.arange(len(slots)), nums)  # [tokens]
+        positions = np.arange(ends[-1]) - np.repeat(ends - nums - starts, nums)
+        of_token = slots[sequence]
+        blocks = self._table_rows[of_token, positions // self._block_size].astype(np.int64)
+        context_lens = starts + nums
+        width = -(-int(context_lens.max()) // self._block_size)
+        return ForwardBatch(
+            token_ids=torch.from_numpy(self._token_rows[of_token, positions]),
+            positions=torch.from_numpy(positions.astype(np.int32)),
+            slots=torch.from_numpy(blocks * self._block_size + positions % self._block_size),
+            token_begins=torch.from_numpy(np.concatenate(([0], ends)).astype(np.int32)),
+            context_lens=torch.from_numpy(context_lens.astype(np.int32)),
+            block_tables=torch.from_numpy(self._table_rows[slots, :width]),
+        )
+
+    def _sample(
+        self, result: StepResult, indices: np.ndarray, slots: np.ndarray, lens: np.ndarray, hidden: torch.Tensor
+    ) -> None:
+        """The next token of each plan index in `indices`; lens: tokens of every plan index after this step."""
+        rows = self._rows[slots[indices]]
+        rows["total_len"] = lens[indices]
+        edits, allowed = self._edits(rows)
+        for begin in range(0, len(rows), LOGITS_ROWS):
+            part = rows[begin : begin + LOGITS_ROWS]
+            out = sample(self.model.logits(hidden[begin : begin + LOGITS_ROWS]), part, self._tokens, edits, allowed)
+            failed = out.token_ids < 0
+            token_ids = np.where(failed, 0, out.token_ids)
+            fits = part["total_len"] < self._token_rows.shape[1]
+            self._token_rows[part["slot"][fits], part["total_len"][fits]] = token_ids[fits]
+            result.token_ids += token_ids.tolist()
+            result.failed += indices[begin : begin + LOGITS_ROWS][failed].tolist()
+            for i in np.flatnonzero(part["num_top"] >= 0):
+                top = part["num_top"][i]
+                result.logprobs[int(indices[begin + i])] = TokenLogprobs(
+                    int(token_ids[i]),
+                    float(out.logprobs[i]),
+                    list(zip(out.top_ids[i, :top].tolist(), out.top_logprobs[i, :top].tolist(), strict=True)),
+                )
+
+    def _edits(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What is added to logits, and the sets of allowed ids, of those rows that have such options."""
+        edits: list[tuple[int, float]] = []
+        allowed: list[int] = []
+        if self._special:
+            for row in rows:
+                if (slot := int(row["slot"])) in self._special:
+                    params = self._params[slot]
+                    assert params is not None
+                    row["edits_begin"], row["allowed_begin"] = len(edits), len(allowed)
+                    edits += params.logit_bias
+                    length, prompt_len = int(row["total_len"]), int(row["prompt_len"])
+                    edits += _banned(params, self._token_rows[slot, prompt_len:length])
+                    allowed += params.allowed_token_ids
+                    row["edits_end"], row["allowed_end"] = len(edits), len(allowed)
+        return np.array(edits, EDIT), np.array(allowed, np.int32)
+
+    def _prompt_logprob_indices(self, plan: StepPlan) -> list[int]:
+        if not self._wants_prompt_logprobs:
+            return []
+        return [
+            index
+            for index, slot in enumerate(plan.slots)
+            if slot in self._wants_prompt_logprobs and plan.starts[index] + 1 < self._rows[slot]["prompt_len"]
+        ]
+
+    def _prompt_logprobs(self, result: StepResult, plan: StepPlan, index: int, hidden: torch.Tensor) -> None:
+        """Logprobs of prompt tokens at [start + 1, start + num], each from the hidden state before it."""
+        slot, start = plan.slots[index], plan.starts[index]
+        params = self._params[slot]
+        assert params is not None and params.prompt_logprobs is not None
+        targets = self._token_rows[slot, start + 1 : min(start + plan.nums[index] + 1, self._rows[slot]["prompt_len"])]
+        rows = np.repeat(self._rows[slot : slot + 1], len(targets))
+        rows["target"] = targets
+        rows["num_top"] = params.prompt_logprobs
+        found: list[TokenLogprobs] = []
+        none = np.array([], EDIT), np.array([], np.int32)
+        for begin in range(0, len(rows), LOGITS_ROWS):
+            part = rows[begin : begin + LOGITS_ROWS]
+            out = sample(self.model.logits(hidden[begin : begin + len(part)]), part, self._tokens, *none)
+            if (out.token_ids < 0).any():
+                result.failed.append(index)
+                return
+            columns = (out.token_ids, out.logprobs, out.top_ids, out.top_logprobs)
+            for token_id, logprob, top_ids, top in zip(*(column.tolist() for column in columns), strict=True):
+                found.append(TokenLogprobs(token_id, logprob, list(zip(top_ids, top, strict=True))))
+        result.prompt_logprobs[index] = found
+
+    def warm_up(self, num_tokens: int, report: Callable[[str], None]) -> None:
+        """Touch what a step uses: one prefill of `num_tokens` tokens and one decode, on blocks that nobody owns yet."""
+        begin = time.monotonic()
+        num_tokens = min(num_tokens, self._tokens.shape[1] - 1)
+        blocks = list(range(-(-(num_tokens + 1) // self._block_size)))
+        choice = NewChoice(0, 0, [0] * num_tokens, num_tokens, SamplingParams(max_tokens=2, temperature=0.0))
+        self.execute(StepPlan(0, 0, [choice], [(0, blocks)], [0], [0], [num_tokens], [True]))
+        self.execute(StepPlan(0, 0, [], [], [0], [num_tokens], [1], [True]))
+        report(f"warmed up in {time.monotonic() - begin:.1f} s")
+
+
+def _banned(params: SamplingParams, output: np.ndarray) -> list[tuple[int, float]]:
+    """Bans that depend on the output so far: ends before min_tokens, the last token of a bad word."""
+    bans = []
+    if len(output) < params.min_tokens:
+        bans += [*params.eos_token_ids, *params.stop_token_ids]
+    for word in params.bad_words:
+        before = len(word) - 1
+        if len(output) >= before and output[len(output) - before :].tolist() == list(word[:-1]):
+            bans.append(word[-1])
+    return [(token_id, -np.inf) for token_id in bans]
