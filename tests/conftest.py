@@ -1,0 +1,41 @@
+"""Fixtures that many tests share: the default model, and tiny random checkpoints."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tiny_models import TINY, TINY_MODELS
+
+from octavo.server.pull import DEFAULT_MODEL, pull
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """Folder of the default model, pulled once if it is not there."""
+    return pull(DEFAULT_MODEL)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """name in TINY_MODELS -> folder with a random float32 checkpoint, made once."""
+    import torch
+    import transformers
+
+    made: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            prefix, differs = TINY_MODELS[name]
+            config = getattr(transformers, f"{prefix}Config")(**{**TINY, **differs})
+            torch.manual_seed(len(name))
+            model = getattr(transformers, f"{prefix}ForCausalLM")(config)
+            for parameter in model.parameters():  # norms and biases start constant: make every tensor matter
+                if parameter.dim() == 1:
+                    torch.nn.init.normal_(parameter, mean=1.0, std=0.3)
+                else:
+                    torch.nn.init.normal_(parameter, std=0.15)
+            made[name] = tmp_path_factory.mktemp(name)
+            model.save_pretrained(made[name])
+        return made[name]
+
+    return make
