@@ -112,8 +112,8 @@ def noise(token_ids: Array, output_index: int, choice_index: int, seed: int) -> 
     return gumbel
 
 
-def edited(logits: Array, row: Any, tokens: Array, edits: Array, allowed: Array) -> Array:
-    """The logits of one row after penalties, edits and the allowed set; float64."""
+def edited(logits: Array, row: Any, tokens: Array, edits: Array, allowed: Array, with_bans: bool = True) -> Array:
+    """The logits of one row after penalties, edits and the allowed set. Bans that leave nothing are dropped."""
     x = logits.astype(np.float64)
     seen = np.unique(tokens[: row["total_len"]])
     penalty = float(row["repetition_penalty"])
@@ -121,12 +121,15 @@ def edited(logits: Array, row: Any, tokens: Array, edits: Array, allowed: Array)
     ids, counts = np.unique(tokens[row["prompt_len"] : row["total_len"]], return_counts=True)
     x[ids] -= float(row["presence_penalty"]) + float(row["frequency_penalty"]) * counts
     for edit in edits[row["edits_begin"] : row["edits_end"]]:
-        x[edit["id"]] += edit["add"]
+        if with_bans or edit["add"] > -np.inf:
+            x[edit["id"]] += edit["add"]
     only = allowed[row["allowed_begin"] : row["allowed_end"]]
     if len(only):
         masked = np.full_like(x, -np.inf)
         masked[only] = x[only]
         x = masked
+    if with_bans and x.max() == -np.inf:
+        return edited(logits, row, tokens, edits, allowed, with_bans=False)
     return x
 
 
@@ -163,9 +166,8 @@ def sample(
         else:
             x = edited(logits[r], row, tokens[row["slot"]], edits, allowed)
             if x.max() == -np.inf:
-                token_ids[r] = -2
-                continue
-            if row["temperature"] == 0:
+                token_ids[r] = allowed[row["allowed_begin"]]
+            elif row["temperature"] == 0:
                 token_ids[r] = x.argmax()
             else:
                 ids = survivors(x, row)

@@ -40,14 +40,14 @@ EDIT = np.dtype([("id", np.int32), ("add", np.float32)], align=True)  # added to
 
 _VOID = ctypes.c_void_p
 
-NOT_FINITE, ALL_BANNED = -1, -2  # token ids that say why a row has no token
+NOT_FINITE = -1  # the token id of a row whose logits hold NaN or +inf, or nothing but -inf
 
 
 @dataclass(slots=True)
 class Sampled:
     """Result of `sample`, a row each."""
 
-    token_ids: npt.NDArray[np.int32]  # [rows]; NOT_FINITE and ALL_BANNED are negative
+    token_ids: npt.NDArray[np.int32]  # [rows]; or NOT_FINITE
     logprobs: npt.NDArray[np.float32]  # [rows]; of the token, where num_top >= 0
     top_ids: npt.NDArray[np.int32]  # [rows, max_top]; best first, num_top of them
     top_logprobs: npt.NDArray[np.float32]  # [rows, max_top]
@@ -63,11 +63,11 @@ def sample(
     """The next token of each row, by its own parameters; a row's result depends on nothing else in the batch.
 
     logits: [rows, vocab] float32; rows: [rows] of ROW; tokens: [slots, max_len] int32, prompt and output of each slot;
-    edits: of EDIT; allowed: token ids. In this order: repetition, presence and frequency penalties, edits, the allowed
-    set, then greedy (lowest id among equals) or top-k, top-p of what is left, min-p, and the draw
-    argmax(logit / T - log(E)), E = -log(u), u from Philox-4x32-10 with the seed as key and (token id / 4, output index,
-    choice index, 0) as counter (Salmon et al., SC 2011). Logprobs come from the raw logits. Ids are not checked
-    against the vocabulary. Raises ValueError on a wrong argument.
+    edits: of EDIT; allowed: token ids. In this order: repetition, presence and frequency penalties, edits (bans that
+    leave no token are not applied), the allowed set, then greedy (lowest id among equals) or top-k, top-p of what is
+    left, min-p, and the draw argmax(logit / T - log(E)), E = -log(u), u from Philox-4x32-10 with the seed as key and
+    (token id / 4, output index, choice index, 0) as counter (Salmon et al., SC 2011). Logprobs come from the raw
+    logits. Ids are not checked against the vocabulary. Raises ValueError on a wrong argument.
     """
     check(logits, "logits", (len(rows), None), torch.float32)
     check(tokens, "tokens", (None, None), torch.int32)

@@ -148,21 +148,31 @@ public:
         for (int i = 0; i < (int)best.size(); i++) ids[i] = best[i].second, logits[i] = best[i].first;
     }
 
-    // -1 where every token is banned.
+    // Bans that leave no token at all are not applied.
     int32_t draw() {
-        edit();
-        Best best;
-        for (int64_t i = 0; i < vocab_; i++)
-            if (x_[i] > best.score) best.score = x_[i], best.id = (int32_t)i;
-        if (best.id < 0 || row_.temperature == 0.0f) return best.id;
+        edit(true);
+        Best best = likeliest();
+        if (best.id < 0) {
+            edit(false);
+            best = likeliest();
+        }
+        if (best.id < 0) return allowed_[row_.allowed_begin];  // the model itself gives these no probability
+        if (row_.temperature == 0.0f) return best.id;
         max_ = best.score;
         const bool filtered = (row_.top_k > 0 && row_.top_k < vocab_) || row_.top_p < 1.0f || row_.min_p > 0.0f;
         return filtered ? draw_among(survivors()) : draw_among_all(best.id);
     }
 
 private:
+    Best likeliest() const {
+        Best best;
+        for (int64_t i = 0; i < vocab_; i++)
+            if (x_[i] > best.score) best.score = x_[i], best.id = (int32_t)i;
+        return best;
+    }
+
     // Penalties first, on the raw logits, then biases and bans, then the allowed set.
-    void edit() {
+    void edit(bool with_bans) {
         x_ = raw_;
         const bool penalised =
             row_.presence_penalty != 0.0f || row_.frequency_penalty != 0.0f || row_.repetition_penalty != 1.0f;
@@ -190,7 +200,8 @@ private:
                 count = 0;
             }
         }
-        for (int32_t e = row_.edits_begin; e < row_.edits_end; e++) x[edits_[e].id] = x[edits_[e].id] + edits_[e].add;
+        for (int32_t e = row_.edits_begin; e < row_.edits_end; e++)
+            if (with_bans || edits_[e].add > NEG_INF) x[edits_[e].id] = x[edits_[e].id] + edits_[e].add;
         if (restricted) {
             static thread_local std::vector<float> kept;
             kept.clear();
@@ -317,7 +328,7 @@ private:
 
 using namespace octavo;
 
-// token_ids[r]: the token drawn (or the target); -1 where the logits are not finite; -2 where every token is banned.
+// token_ids[r]: the token drawn (or the target); -1 where the logits are not finite.
 // logprobs[r], top_ids and top_logprobs [rows, max_top]: from the raw logits, where num_top >= 0.
 extern "C" void octavo_sample(const float* logits, int64_t num_rows, int64_t vocab, int64_t logits_stride,
                               const void* rows, const int32_t* tokens, int64_t tokens_stride, const void* edits,
@@ -333,8 +344,7 @@ extern "C" void octavo_sample(const float* logits, int64_t num_rows, int64_t voc
             continue;
         }
         token_ids[r] = row.target >= 0 ? row.target : sampler.draw();
-        if (token_ids[r] < 0) token_ids[r] = -2;
-        if (row.num_top < 0 || token_ids[r] < 0) continue;
+        if (row.num_top < 0) continue;
         const float lse = sampler.log_sum_exp();
         logprobs[r] = x[token_ids[r]] - lse;
         if (row.num_top == 0) continue;

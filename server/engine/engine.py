@@ -120,7 +120,7 @@ class Engine:
             num_blocks=num_blocks,
             block_size=config.block_size,
             kv_cache_bytes=kv_bytes,
-            kernels=variant() or "plain torch (no native ops built)",
+            kernels=variant() or "plain torch: slow and not exact (install g++, then make install)",
             num_threads=self.num_threads,
             load_s=time.monotonic() - begin,
         )

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from octavo.kernels import reference
-from octavo.kernels.sample import ALL_BANNED, EDIT, NOT_FINITE, ROW, Sampled, sample
+from octavo.kernels.sample import EDIT, NOT_FINITE, ROW, Sampled, sample
 
 NO_EDITS, ALL_ALLOWED = np.array([], EDIT), np.array([], np.int32)
 GREEDY: dict[str, Any] = {"temperature": 0.0, "top_p": 1.0, "repetition_penalty": 1.0, "num_top": -1, "target": -1}
@@ -146,13 +146,22 @@ def test_ties_go_to_the_lowest_id() -> None:
 
 
 def test_rows_without_a_token_say_why() -> None:
-    logits = torch.zeros((5, 20))
+    logits = torch.zeros((4, 20))
     logits[0, 3] = torch.nan
     logits[1, 3] = torch.inf
     logits[2] = -torch.inf
+    rows = rows_of(GREEDY, PLAIN, GREEDY, GREEDY)
+    assert draw(logits, rows).token_ids.tolist() == [NOT_FINITE] * 3 + [0]
+
+
+def test_bans_that_leave_nothing_are_not_applied() -> None:
+    logits = torch.zeros((3, 20))
+    logits[:, 7] = 1.0
+    logits[2, 3:5] = -torch.inf
     ban = np.array([(i, -np.inf) for i in range(20)], EDIT)
-    rows = rows_of(GREEDY, PLAIN, GREEDY, {**PLAIN, "edits_begin": 0, "edits_end": 20}, GREEDY)
-    assert draw(logits, rows, edits=ban).token_ids.tolist() == [NOT_FINITE] * 3 + [ALL_BANNED, 0]
+    only = np.array([3, 4], np.int32)
+    everything, restricted = {**GREEDY, "edits_end": 20}, {**GREEDY, "edits_end": 20, "allowed_end": 2}
+    assert draw(logits, rows_of(everything, restricted, restricted), None, ban, only).token_ids.tolist() == [7, 3, 3]
 
 
 def test_penalties_by_hand() -> None:
