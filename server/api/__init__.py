@@ -1,0 +1,1 @@
+"""The HTTP face: schemas, admission, routes, server-sent events, metrics. Never loads torch."""

@@ -1,0 +1,266 @@
+"""`octavo serve`: one process that listens, starts the engine, serves, and drains when it is told to stop.
+
+It listens before the engine has loaded, so that probes get an answer. uvicorn speaks HTTP; the signals and the end are
+ours.
+"""
+
+import asyncio
+import logging
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+import uvicorn
+import uvloop
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from octavo import __version__
+from octavo.server.api.app import create_app
+from octavo.server.api.auth import load_keys
+from octavo.server.api.state import State
+from octavo.server.config import GIB, ServerConfig
+from octavo.server.engine.channel import EngineStats
+from octavo.server.engine.client import EngineClient
+from octavo.server.errors import StartupError
+from octavo.server.text.tokenizer import Tokenizer
+
+logger = logging.getLogger("octavo")
+
+STATS_INTERVAL_S = 10.0
+HEADER_TIMEOUT_S = 30.0
+MAX_HEADER_BYTES = 64 << 10
+KEEP_ALIVE_S = 75
+SPARE_FILES = 64  # descriptors left for everything that is not a client's connection
+
+
+class HttpProtocol(HttpToolsProtocol):
+    """uvicorn's HTTP/1.1 with what it leaves open: bounds on the head's size and time, and on connections."""
+
+    max_connections = 1024  # set from the process's limit on open files
+    _head_timer: asyncio.TimerHandle
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Accepts a connection, or closes it if there are too many."""
+        super().connection_made(transport)
+        self._expect_head()
+        if len(self.connections) > self.max_connections:
+            transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forgets the connection."""
+        self._head_timer.cancel()
+        super().connection_lost(exc)
+
+    def on_message_begin(self) -> None:
+        """A head begins."""
+        self._head_timer.cancel()
+        self._expect_head()
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        """The head is complete."""
+        self._head_timer.cancel()
+        self._is_in_head = False
+        super().on_headers_complete()
+
+    def data_received(self, data: bytes) -> None:
+        """Takes bytes; a head over the limit ends the connection."""
+        was_in_head = self._is_in_head
+        super().data_received(data)
+        if was_in_head and self._is_in_head:
+            self._num_head_bytes += len(data)
+            if self._num_head_bytes > MAX_HEADER_BYTES:
+                self.transport.write(b"HTTP/1.1 431 \r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
+                self.transport.close()
+
+    def _expect_head(self) -> None:
+        self._is_in_head, self._num_head_bytes = True, 0
+        self._head_timer = self.loop.call_later(HEADER_TIMEOUT_S, self.transport.close)
+
+
+def run(config: ServerConfig) -> int:
+    """Serves until SIGTERM or SIGINT. `config.model` is a local folder.
+
+    Returns the exit status: 0 if every request that was accepted was also finished, 1 if some were cut or the engine
+    died. Raises StartupError.
+    """
+    _log_to_stderr(config.log_level)
+    config = replace(config, api_key=load_keys(config))
+    tokenizer = Tokenizer(Path(config.model), config.chat_template)
+    with _listen(config.host, config.port) as listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_serve(config, tokenizer, listener))
+
+
+async def _serve(config: ServerConfig, tokenizer: Tokenizer, listener: socket.socket) -> int:
+    client = EngineClient(config.engine())
+    app = create_app(config, tokenizer, client)
+    state: State = app.state.server
+    http = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            http=HttpProtocol,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=config.log_level == "debug",
+            proxy_headers=False,
+            server_header=False,
+            date_header=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=2,
+        )
+    )
+    # Server.serve() would take the signals and wake ten times a second; its parts do without.
+    http.config.load()
+    http.lifespan = http.config.lifespan_class(http.config)
+    HttpProtocol.max_connections = _raise_file_limit() - SPARE_FILES
+    stop = _stop_event()
+    await http.startup(sockets=[listener])
+    try:
+        if not await _start_engine(client, stop):
+            return 0
+        _log_start(config, client, listener)
+        if await _run_until_stopped(state, stop):
+            logger.info("stopping: %d requests run, up to %g s", state.num_requests, config.shutdown_timeout)
+            return 0 if await state.drain(config.shutdown_timeout) else 1
+        logger.error("the engine died; stopping")
+        await state.drain(1.0)
+        return 1
+    finally:
+        await http.shutdown(sockets=[listener])
+        state.admission.close()
+        await client.close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises StartupError if the address is not to be had."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(2048)
+        except BaseException:
+            listener.close()
+            raise
+    except OSError as error:
+        raise StartupError(f"cannot listen on {host} port {port}: {error.strerror or error}") from None
+    return listener
+
+
+def _raise_file_limit() -> int:
+    """Raises the limit on open files as far as it goes without privileges; returns it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        return wanted
+    return 65536 if soft == resource.RLIM_INFINITY else soft
+
+
+def _stop_event() -> asyncio.Event:
+    """Set by the first SIGTERM or SIGINT; the second ends the process at once."""
+    stop = asyncio.Event()
+
+    def on_signal() -> None:
+        if stop.is_set():
+            logger.error("stopped by a second signal")
+            os._exit(1)
+        stop.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    return stop
+
+
+async def _start_engine(client: EngineClient, stop: asyncio.Event) -> bool:
+    """Starts the engine. False: told to stop before it was ready. Raises StartupError."""
+    start, stopped = asyncio.create_task(client.start()), asyncio.create_task(stop.wait())
+    await asyncio.wait((start, stopped), return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    if not start.done():
+        start.cancel()
+        await asyncio.gather(start, return_exceptions=True)
+        return False
+    await start
+    return True
+
+
+async def _run_until_stopped(state: State, stop: asyncio.Event) -> bool:
+    """Waits and logs statistics while something runs. True: told to stop. False: the engine died."""
+    before, before_s = replace(state.engine.stats), time.monotonic()
+    while state.engine.state != "dead":
+        try:
+            async with asyncio.timeout(1.0):
+                await stop.wait()
+            return True
+        except TimeoutError:
+            pass
+        now = time.monotonic()
+        if now - before_s >= STATS_INTERVAL_S:
+            stats = replace(state.engine.stats)
+            if stats.step != before.step:
+                _log_stats(before, stats, now - before_s, state.engine.info.num_blocks)
+            before, before_s = stats, now
+    return False
+
+
+def _log_stats(before: EngineStats, now: EngineStats, seconds: float, num_blocks: int) -> None:
+    cached = now.prompt_tokens_cached - before.prompt_tokens_cached
+    prompt = now.prompt_tokens_computed - before.prompt_tokens_computed + cached
+    queries = now.prefix_cache_queries - before.prefix_cache_queries
+    hits = now.prefix_cache_hits - before.prefix_cache_hits
+    logger.info(
+        "prompt %.1f tok/s, generation %.1f tok/s, running %d, waiting %d, KV usage %.1f %%, prefix hits %.1f %%",
+        prompt / seconds,
+        (now.generation_tokens - before.generation_tokens) / seconds,
+        now.num_running,
+        now.num_waiting,
+        100 * now.num_blocks_used / num_blocks,
+        100 * hits / max(1, queries),
+    )
+
+
+def _log_start(config: ServerConfig, client: EngineClient, listener: socket.socket) -> None:
+    info = client.info
+    host, port = cast(tuple[str, int], listener.getsockname()[:2])
+    context = info.num_blocks * info.block_size
+    logger.info("octavo %s serves %s (%s)", __version__, config.model_name, info.architecture)
+    logger.info(
+        "%s, %.1f M parameters, kernels %s, %d threads, loaded in %.1f s",
+        info.dtype,
+        info.num_parameters / 1e6,
+        info.kernels,
+        info.num_threads,
+        info.load_s,
+    )
+    logger.info(
+        "KV cache %.2f GiB: %d blocks, %d tokens at once, %.1f requests of the full length %d",
+        info.kv_cache_bytes / GIB,
+        info.num_blocks,
+        context,
+        context / info.max_model_len,
+        info.max_model_len,
+    )
+    logger.info("listening on http://%s:%d%s", f"[{host}]" if ":" in host else host, port, _note(config))
+
+
+def _note(config: ServerConfig) -> str:
+    return "" if config.api_key else " (no API key is set: whoever reaches this address may use it)"
+
+
+def _log_to_stderr(level: str) -> None:
+    logging.basicConfig(
+        stream=sys.stderr, level=level.upper(), format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
+    )
+    logging.getLogger("uvicorn.error").setLevel(logging.DEBUG if level == "debug" else logging.WARNING)
