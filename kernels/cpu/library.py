@@ -25,13 +25,22 @@ def cpu_flags() -> frozenset[str]:
     return frozenset()
 
 
+def _may_use_tiles() -> bool:
+    """Ask the kernel for the tile registers' state, which a process must do once before it may use them."""
+    return ctypes.CDLL(None).syscall(158, 0x1023, 18) == 0  # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
+
+
 @functools.cache
 def variant() -> str | None:
     """Name of the variant in use: $OCTAVO_CPU_VARIANT, else the best that is built and can run here.
 
     Raises ValueError where $OCTAVO_CPU_VARIANT names one that is not built or cannot run ("none" asks for plain torch).
     """
-    usable = [name for name, (_, needs) in VARIANTS.items() if needs <= cpu_flags() and library_path(name).exists()]
+    usable = [
+        name
+        for name, (_, needs) in VARIANTS.items()
+        if needs <= cpu_flags() and library_path(name).exists() and (name != "amx" or _may_use_tiles())
+    ]
     wanted = os.environ.get("OCTAVO_CPU_VARIANT")
     if wanted == "none":
         return None

@@ -40,6 +40,27 @@ inline f32x16 step(f32x16 acc, const float* x, const float* w) { return fma(load
 template <typename T>
 constexpr int STEP_K = sizeof(T) == 2 ? 2 : 1;
 
+// Bias and residual added in float32 to the 16 sums of one row and panel, then the one rounding.
+template <typename O>
+void finish(const Args& a, int64_t row, int64_t panel, f32x16 v) {
+    const int64_t col = panel * LANES;
+    const int width = (int)std::min<int64_t>(LANES, a.n - col);
+    O* out = (O*)a.out + row * a.out_stride + col;
+    const O* residual = a.residual ? (const O*)a.residual + row * a.out_stride + col : nullptr;
+    if (width == LANES) {
+        if (a.bias) v = v + load(a.bias + col);
+        if (residual) v = v + load(residual);
+        store(out, v);
+        return;
+    }
+    for (int c = 0; c < width; c++) {
+        float f = v[c];
+        if (a.bias) f = f + a.bias[col + c];
+        if (residual) f = f + to_float(residual[c]);
+        store_one(out + c, f);
+    }
+}
+
 template <typename T, typename O, int MR, int NP>
 void tile(const Args& a, int64_t row, int64_t panel) {
     constexpr int KS = STEP_K<T>;
@@ -56,27 +77,8 @@ void tile(const Args& a, int64_t row, int64_t panel) {
             for (int j = 0; j < NP; j++)
                 acc[i][j] = step(acc[i][j], x + i * a.x_stride + k, w + j * panel_size + k * LANES);
     }
-    for (int i = 0; i < MR; i++) {
-        for (int j = 0; j < NP; j++) {
-            const int64_t col = (panel + j) * LANES;
-            const int width = (int)std::min<int64_t>(LANES, a.n - col);
-            O* out = (O*)a.out + (row + i) * a.out_stride + col;
-            const O* residual = a.residual ? (const O*)a.residual + (row + i) * a.out_stride + col : nullptr;
-            f32x16 v = acc[i][j];
-            if (width == LANES) {
-                if (a.bias) v = v + load(a.bias + col);
-                if (residual) v = v + load(residual);
-                store(out, v);
-            } else {
-                for (int c = 0; c < width; c++) {
-                    float f = v[c];
-                    if (a.bias) f = f + a.bias[col + c];
-                    if (residual) f = f + to_float(residual[c]);
-                    store_one(out + c, f);
-                }
-            }
-        }
-    }
+    for (int i = 0; i < MR; i++)
+        for (int j = 0; j < NP; j++) finish<O>(a, row + i, panel + j, acc[i][j]);
 }
 
 // Accumulators that fit the registers: 32 of 512 bits, or 16 of 256 (a vector takes two).
@@ -110,13 +112,146 @@ void panels(const Args& a, int64_t begin, int64_t end) {
     if (p < end) rows_of_panels<T, O, 1>(a, p);
 }
 
+#if defined(__AMX_BF16__)
+// Tile registers (Intel AMX): an instruction adds a [16, 32] by [32, 16] bfloat16 product to 16 by 16 float32 sums. A
+// panel of a packed weight is a column of its right-hand tiles as it lies. Sums 0 to 3; x in 4 and 5; weights in 6, 7.
+constexpr int64_t TILE_ROWS = 16, TILE_K = 32;
+
+struct alignas(64) TileConfig {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {};
+};
+
+// x tile 4 and sums 0, 1 have `first` rows; x tile 5 and sums 2, 3 have `second`.
+void configure(int first, int second) {
+    TileConfig config;
+    const int rows[8] = {first, first, second, second, first, second, TILE_ROWS, TILE_ROWS};
+    for (int i = 0; i < 8; i++) config.rows[i] = (uint8_t)rows[i];
+    _tile_loadconfig(&config);
+}
+
+template <typename O>
+void finish_tile(const Args& a, const float* sums, int64_t row, int rows, int64_t panel) {
+    for (int i = 0; i < rows; i++) finish<O>(a, row + i, panel, load(sums + i * LANES));
+}
+
+// Up to 16 rows by NP panels.
+template <typename O, int NP>
+void one_tile_row(const Args& a, int64_t row, int rows, int64_t panel) {
+    const bf16* x = (const bf16*)a.x + row * a.x_stride;
+    const int64_t panel_size = a.k * LANES;
+    const bf16* w = (const bf16*)a.weight + panel * panel_size;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t k = 0; k < a.k; k += TILE_K) {
+        const bf16* wk = w + k * LANES;
+        _tile_loadd(4, x + k, a.x_stride * sizeof(bf16));
+        _tile_loadd(6, wk, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        if constexpr (NP > 1) {
+            _tile_loadd(7, wk + panel_size, 64);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+        if constexpr (NP > 2) {
+            _tile_loadd(6, wk + 2 * panel_size, 64);
+            _tile_dpbf16ps(2, 4, 6);
+        }
+        if constexpr (NP > 3) {
+            _tile_loadd(7, wk + 3 * panel_size, 64);
+            _tile_dpbf16ps(3, 4, 7);
+        }
+    }
+    alignas(64) float sums[4][TILE_ROWS * LANES];
+    _tile_stored(0, sums[0], 64);
+    _tile_stored(1, sums[1], 64);
+    _tile_stored(2, sums[2], 64);
+    _tile_stored(3, sums[3], 64);
+    for (int j = 0; j < NP; j++) finish_tile<O>(a, sums[j], row, rows, panel + j);
+}
+
+// 17 to 32 rows by NP panels.
+template <typename O, int NP>
+void two_tile_rows(const Args& a, int64_t row, int rows, int64_t panel) {
+    const bf16* x = (const bf16*)a.x + row * a.x_stride;
+    const int64_t panel_size = a.k * LANES;
+    const bf16* w = (const bf16*)a.weight + panel * panel_size;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t k = 0; k < a.k; k += TILE_K) {
+        _tile_loadd(4, x + k, a.x_stride * sizeof(bf16));
+        _tile_loadd(5, x + TILE_ROWS * a.x_stride + k, a.x_stride * sizeof(bf16));
+        _tile_loadd(6, w + k * LANES, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(2, 5, 6);
+        if constexpr (NP > 1) {
+            _tile_loadd(7, w + panel_size + k * LANES, 64);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    alignas(64) float sums[4][TILE_ROWS * LANES];
+    _tile_stored(0, sums[0], 64);
+    _tile_stored(1, sums[1], 64);
+    _tile_stored(2, sums[2], 64);
+    _tile_stored(3, sums[3], 64);
+    for (int j = 0; j < NP; j++) {
+        finish_tile<O>(a, sums[j], row, TILE_ROWS, panel + j);
+        finish_tile<O>(a, sums[2 + j], row + TILE_ROWS, rows - TILE_ROWS, panel + j);
+    }
+}
+
+template <typename O>
+void two_tile_rows_of_panels(const Args& a, int64_t row, int64_t end_row, int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; p += 2)
+        for (int64_t r = row; r < end_row; r += 2 * TILE_ROWS) {
+            const int rows = (int)std::min(2 * TILE_ROWS, end_row - r);
+            if (end - p >= 2) two_tile_rows<O, 2>(a, r, rows, p);
+            else two_tile_rows<O, 1>(a, r, rows, p);
+        }
+}
+
+template <typename O>
+void panels_by_tiles(const Args& a, int64_t begin, int64_t end) {
+    const int64_t whole = a.m / (2 * TILE_ROWS) * (2 * TILE_ROWS), rest = a.m - whole;
+    if (whole) {
+        configure(TILE_ROWS, TILE_ROWS);
+        two_tile_rows_of_panels<O>(a, 0, whole, begin, end);
+    }
+    if (rest > TILE_ROWS) {
+        configure(TILE_ROWS, (int)(rest - TILE_ROWS));
+        two_tile_rows_of_panels<O>(a, whole, a.m, begin, end);
+    } else if (rest) {
+        configure((int)rest, (int)rest);
+        for (int64_t p = begin; p < end; p += 4) switch (end - p) {
+            case 1: one_tile_row<O, 1>(a, whole, (int)rest, p); break;
+            case 2: one_tile_row<O, 2>(a, whole, (int)rest, p); break;
+            case 3: one_tile_row<O, 3>(a, whole, (int)rest, p); break;
+            default: one_tile_row<O, 4>(a, whole, (int)rest, p); break;
+        }
+    }
+    _tile_release();
+}
+#endif
+
 template <typename T, typename O>
 void matmul(const Args& a) {
     const int64_t num_panels = (a.n + LANES - 1) / LANES;
 #pragma omp parallel
     {
         const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
-        panels<T, O>(a, num_panels * thread / threads, num_panels * (thread + 1) / threads);
+        const int64_t begin = num_panels * thread / threads, end = num_panels * (thread + 1) / threads;
+#if defined(__AMX_BF16__)
+        // By the weight's shape alone: a weight has one instruction class, whatever the number of rows.
+        if (sizeof(T) == 2 && a.k % TILE_K == 0) panels_by_tiles<O>(a, begin, end);
+        else panels<T, O>(a, begin, end);
+#else
+        panels<T, O>(a, begin, end);
+#endif
     }
 }
 
