@@ -1,8 +1,8 @@
 """Fills a model from safetensors: memory-mapped, tensor by tensor, every name and shape checked."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,6 +12,15 @@ from octavo.models.layers import Parameters
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # Tensors that some checkpoints carry and no model needs: computed from the configuration.
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
+
+
+class Progress(Protocol):
+    """A progress bar, as tqdm has them."""
+
+    total: float | None
+
+    def update(self, num_bytes: int) -> object:
+        """Told of bytes that are placed."""
 
 
 class CheckpointError(ValueError):
@@ -57,8 +66,8 @@ def _indexed_files(folder: Path, index: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def load(folder: Path, parameters: Parameters, tied_head: bool, progress: Callable[[int], None]) -> None:
-    """Fill every parameter from the checkpoint in `folder`; `progress` is told the bytes of each tensor placed.
+def load(folder: Path, parameters: Parameters, tied_head: bool, progress: Progress) -> None:
+    """Fill every parameter from the checkpoint in `folder`; `progress` is told the bytes in all and as they are placed.
 
     With `tied_head` an lm_head.weight in the file is left unread. Raises CheckpointError: for a missing or unexpected
     tensor before anything is placed, for a wrong shape or dtype at the tensor.
@@ -70,6 +79,7 @@ def load(folder: Path, parameters: Parameters, tied_head: bool, progress: Callab
         raise CheckpointError(f"{folder}: tensor {name} is missing")
     for name in found.keys() - parameters.keys():
         raise CheckpointError(f"{found[name]}: tensor {name} is not part of this architecture")
+    progress.total = sum(file.stat().st_size for file in set(found.values()))
     for name, parameter in parameters.items():
         file = found[name]
         try:
@@ -83,7 +93,7 @@ def load(folder: Path, parameters: Parameters, tied_head: bool, progress: Callab
                     raise CheckpointError(f"{file}: tensor {name} has dtype {kind}, expected {', '.join(FLOATS)}")
                 tensor = handle.get_tensor(name)
                 parameter.place(tensor)
-                progress(tensor.nbytes)
+                progress.update(tensor.nbytes)
                 del tensor, view
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{file}: tensor {name} cannot be read: {error}") from None

@@ -27,7 +27,7 @@ def cpu_flags() -> frozenset[str]:
 
 def _may_use_tiles() -> bool:
     """Ask the kernel for the tile registers' state, which a process must do once before it may use them."""
-    return ctypes.CDLL(None).syscall(158, 0x1023, 18) == 0  # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
+    return bool(ctypes.CDLL(None).syscall(158, 0x1023, 18) == 0)  # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
 
 
 @functools.cache

@@ -261,10 +261,11 @@ class Admission:
         if max_tokens is None:
             max_tokens = max(1, min(default_max_tokens, room))
         elif max_tokens > room:
+            field = "max_tokens" if getattr(body, "max_completion_tokens", None) is None else "max_completion_tokens"
             raise RequestError(
-                f"max_tokens is {max_tokens}; the prompt's {num_tokens} tokens leave {room} of max_model_len "
+                f"{field} is {max_tokens}; the prompt's {num_tokens} tokens leave {room} of max_model_len "
                 f"{max_model_len}.",
-                param="max_tokens",
+                param=field,
                 code="context_length_exceeded",
             )
         if body.min_tokens > max_tokens:

@@ -59,6 +59,7 @@ class Choice:
         finish_reason: None while it runs.
         first_s, last_s: time.monotonic() of the first and last tokens, 0.0 before them.
         scheduled_s: when the engine first ran it.
+        num_preemptions: how often it was put back to waiting.
     """
 
     def __init__(self, index: int, prompt: Prompt, tokenizer: Tokenizer, options: TextOptions) -> None:
@@ -89,6 +90,7 @@ class Choice:
         self.num_tokens = 0
         self.finish_reason: str | None = None
         self.first_s = self.last_s = self.scheduled_s = 0.0
+        self.num_preemptions = 0
 
     def push(self, delta: Delta) -> bool:
         """Adds a delta. True: a stop string ended the choice, the engine must be told."""
@@ -228,6 +230,7 @@ class Generation:
         choice = self.choices[prompt_index * self._n + delta.choice_index]
         if choice.finish_reason is not None:
             return False
+        choice.num_preemptions = delta.num_preemptions
         if delta.prompt_logprobs is not None:
             self.prompt_logprobs[prompt_index] = delta.prompt_logprobs
         if delta.scheduled_s is not None:
@@ -264,6 +267,7 @@ class Generation:
                 scheduled_s=choice.scheduled_s,
                 first_s=choice.first_s,
                 last_s=choice.last_s,
+                num_preemptions=choice.num_preemptions,
             )
         for index, prompt in enumerate(self.prompts):
             num_tokens = len(prompt.request.prompt_token_ids)

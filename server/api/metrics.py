@@ -19,6 +19,7 @@ _TOKEN_S = (.01, .025, .05, .075, .1, .15, .2, .3, .4, .5, .75, 1, 2.5, 5, 7.5, 
 _REQUEST_S = (.3, .5, .8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 _STEP_TOKENS = tuple(float(1 << shift) for shift in (0, *range(3, 15)))
 _N = (1, 2, 5, 10, 20)
+_PREEMPTIONS = (1, 2, 3, 4, 5, 10, 20)
 _FINISH_REASONS = ("stop", "length", "abort", "error")
 _LABELS = ("model_name", "engine")
 
@@ -50,6 +51,7 @@ class Metrics:
             registry=self.registry,
         )
         self._seen = EngineStats()  # what the counters hold already
+        self._last_step = 0
         self._gauges = {
             name: self._gauge(name, text)
             for name, text in (
@@ -100,6 +102,9 @@ class Metrics:
             )
         }
         self._params_n = self._histogram("request_params_n", "n of a request.", _N)
+        self._preemptions = self._histogram(
+            "request_num_preemptions", "How often a choice was put back to waiting.", _PREEMPTIONS
+        )
         self._lengths: dict[str, Histogram] = {}  # once the context's length is known
         engine.on_step = self._on_step
 
@@ -131,6 +136,7 @@ class Metrics:
         scheduled_s: float,
         first_s: float,
         last_s: float,
+        num_preemptions: int,
     ) -> None:
         """A choice has ended. Times are of time.monotonic(), 0.0 for what it did not reach."""
         self._know_model(self._engine.info)
@@ -138,6 +144,7 @@ class Metrics:
         self._lengths["request_generation_tokens"].observe(num_tokens)
         self._lengths["request_params_max_tokens"].observe(max_tokens)
         self._times["e2e_request_latency"].observe(e2e_s)
+        self._preemptions.observe(num_preemptions)
         if scheduled_s:
             self._times["request_queue_time"].observe(max(0.0, scheduled_s - queued_s))
         if scheduled_s and first_s:
@@ -210,7 +217,9 @@ class Metrics:
         return {value: family.labels(*self._label_values, value) for value in values}
 
     def _on_step(self, output: StepOutput) -> None:
-        self._step_tokens.observe(output.stats.step_tokens)
+        if output.stats.step != self._last_step:  # the answer to an abort is no step
+            self._last_step = output.stats.step
+            self._step_tokens.observe(output.stats.step_tokens)
 
     def _update(self, stats: EngineStats) -> None:
         """Brings gauges and counters up to `stats`."""

@@ -5,10 +5,10 @@ Used by the engine process, and directly by benchmarks and tests.
 
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from octavo.kernels.cpu.library import multiplies_bf16, variant
 from octavo.models.config import ConfigError, ModelConfig, read_config
@@ -59,8 +59,7 @@ def _lines(path: str) -> list[str]:
 class Engine:
     """A model ready to generate. Raises StartupError where model, memory or configuration do not allow it."""
 
-    def __init__(self, config: EngineConfig, report: Callable[[str], None] = lambda line: None) -> None:
-        """`report` is told, in lines for a person, how loading goes."""
+    def __init__(self, config: EngineConfig) -> None:
         begin = time.monotonic()
         self.num_threads = len(os.sched_getaffinity(0))
         torch.set_num_threads(self.num_threads)
@@ -89,7 +88,9 @@ class Engine:
             )
         model = Llama(model_config, dtype, max_model_len)
         try:
-            load(folder, model.parameters(), model_config.tie_word_embeddings, lambda num_bytes: None)
+            # disable=None: no bar where standard error is not a terminal.
+            with tqdm(desc="loading", unit="B", unit_scale=True, disable=None, leave=False) as bar:
+                load(folder, model.parameters(), model_config.tie_word_embeddings, bar)
         except CheckpointError as error:
             raise StartupError(str(error)) from None
         self.runner = Runner(
@@ -99,7 +100,7 @@ class Engine:
             max_num_seqs=config.max_num_seqs,
             max_model_len=max_model_len,
         )
-        self.runner.warm_up(config.max_num_batched_tokens, report)
+        self.runner.warm_up(config.max_num_batched_tokens)
         self.scheduler = Scheduler(
             num_blocks=num_blocks,
             block_size=config.block_size,

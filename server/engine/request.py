@@ -70,6 +70,7 @@ class Delta:
     logprobs: list[TokenLogprobs] | None = None  # one per token where the request asked for them
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None  # the id in stop_token_ids that was hit (None for an end-of-sequence token)
+    num_preemptions: int = 0  # of the choice so far
     # Below: only on the first delta of a choice.
     num_cached_tokens: int = 0  # prompt tokens taken from the prefix cache
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # choice 0 only; the first entry is None

@@ -4,9 +4,6 @@ Knows nothing of queues or requests. State of a slot: its tokens, its block tabl
 preallocated, gathered by whole columns, so that a step has no loop over its choices but for those with rare options.
 """
 
-import time
-from collections.abc import Callable
-
 import numpy as np
 import torch
 
@@ -168,15 +165,13 @@ class Runner:
                 found.append(TokenLogprobs(token_id, logprob, list(zip(top_ids, top, strict=True))))
         result.prompt_logprobs[index] = found
 
-    def warm_up(self, num_tokens: int, report: Callable[[str], None]) -> None:
+    def warm_up(self, num_tokens: int) -> None:
         """Touch what a step uses: one prefill of `num_tokens` tokens and one decode, on blocks that nobody owns yet."""
-        begin = time.monotonic()
         num_tokens = min(num_tokens, self._tokens.shape[1] - 1)
         blocks = list(range(-(-(num_tokens + 1) // self._block_size)))
         choice = NewChoice(0, 0, [0] * num_tokens, num_tokens, SamplingParams(max_tokens=2, temperature=0.0))
         self.execute(StepPlan(0, 0, [choice], [(0, blocks)], [0], [0], [num_tokens], [True]))
         self.execute(StepPlan(0, 0, [], [], [0], [num_tokens], [1], [True]))
-        report(f"warmed up in {time.monotonic() - begin:.1f} s")
 
 
 def _banned(params: SamplingParams, output: np.ndarray) -> list[tuple[int, float]]:

@@ -47,6 +47,7 @@ class _Choice:
     finished: bool = False
     announced: bool = False  # the first delta is out
     num_cached_tokens: int = 0  # at the first admission
+    num_preemptions: int = 0
     scheduled_s: float | None = None  # of the first admission
 
     @property
@@ -333,6 +334,7 @@ class Scheduler:
     def _preempt(self, choice: _Choice) -> None:
         """Sends a running choice back to the head of the queue, its tokens to be computed again."""
         self._num_preemptions += 1
+        choice.num_preemptions += 1
         del self._running[choice.key]
         self._put_first(choice)
         self._leave(choice)
@@ -449,6 +451,7 @@ class Scheduler:
             logprobs=logprobs,
             finish_reason=finish_reason,
             stop_token_id=stop_token_id,
+            num_preemptions=choice.num_preemptions,
         )
         if not choice.announced:
             choice.announced = True

@@ -56,6 +56,7 @@ async def test_a_finished_request_moves_what_it_should(tmp_path: Path) -> None:
             ("request_prefill_time_seconds", 2),
             ("request_decode_time_seconds", 2),
             ("request_inference_time_seconds", 2),
+            ("request_num_preemptions", 2),
         ):
             assert moved[f"octavo:{name}_count", ()] == count, name
         assert moved["octavo:request_success_total", (("finished_reason", "length"),)] == 2

@@ -664,6 +664,7 @@ def test_preemption_under_a_planned_step_waits_for_it() -> None:
     assert scheduler.stats()["num_preemptions"] == 1
     deltas = apply(scheduler, first, [51, 61])
     assert [delta.token_ids for delta in deltas] == [[51], [61]]  # b's token counts
+    assert [delta.num_preemptions for delta in deltas] == [0, 1]
     plan = plan_of(scheduler)
     assert columns(plan) == [(0, 8, 1, True)]
     apply(scheduler, plan)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from tiny_models import TINY_MODELS
+from tqdm import tqdm
 
 from octavo.kernels.matmul import PackedWeight
 from octavo.models.batch import ForwardBatch
@@ -25,7 +26,7 @@ class Paged:
     def __init__(self, folder: Path, dtype: torch.dtype, block_size: int, num_sequences: int = 1) -> None:
         config = read_config(folder)
         self.model = Llama(config, dtype, MAX_LEN)
-        load(folder, self.model.parameters(), config.tie_word_embeddings, lambda num_bytes: None)
+        load(folder, self.model.parameters(), config.tie_word_embeddings, tqdm(disable=True))
         self.block_size = block_size
         width = -(-MAX_LEN // block_size)
         shape = kv_block_shape(config, width * num_sequences, block_size)
