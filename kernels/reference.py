@@ -44,18 +44,43 @@ def rotary(x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
     return torch.cat([rotated.to(x.dtype), x[..., size:]], dim=-1)
 
 
+def tiles(kv_cache: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of a layer's cache as views [num_blocks, num_kv_heads, block_size, head_size].
+
+    The cache is [num_blocks, 2, num_kv_heads, block_size, head_size]; inside a tile, elements lie in groups of `step`
+    (2 in bfloat16, 1 in float32): K as [head_size / step, block_size, step], V as [block_size / step, head_size, step].
+    """
+    num_blocks, _, num_kv_heads, block_size, head_size = kv_cache.shape
+    step = 2 if kv_cache.dtype == torch.bfloat16 else 1
+    k = kv_cache[:, 0].view(num_blocks, num_kv_heads, head_size // step, block_size, step)
+    v = kv_cache[:, 1].view(num_blocks, num_kv_heads, block_size // step, head_size, step)
+    return k, v
+
+
+def keys(kv_cache: Tensor, blocks: Tensor) -> Tensor:
+    """Keys of some blocks, in plain order: [blocks, num_kv_heads, block_size, head_size]."""
+    return tiles(kv_cache)[0][blocks].permute(0, 1, 3, 2, 4).flatten(3)
+
+
+def values(kv_cache: Tensor, blocks: Tensor) -> Tensor:
+    """Values of some blocks, in plain order: [blocks, num_kv_heads, block_size, head_size]."""
+    return tiles(kv_cache)[1][blocks].permute(0, 1, 2, 4, 3).flatten(2, 3)
+
+
 def rotary_kv_write(
     qkv: Tensor, cos_sin: Tensor, positions: Tensor, slots: Tensor, kv_cache: Tensor, num_heads: int
 ) -> None:
-    """Rotate queries in place, write keys and values; K tiles of the cache are [head_size, block_size]."""
-    num_blocks, _, num_kv_heads, block_size, head_size = kv_cache.shape
+    """Rotate queries and keys in place, write keys and values to their slots."""
+    _, _, num_kv_heads, block_size, head_size = kv_cache.shape
     heads = qkv.view(qkv.shape[0], -1, head_size)
-    q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
-    q.copy_(rotary(q, cos_sin, positions))
+    rotated = heads[:, : num_heads + num_kv_heads]
+    rotated.copy_(rotary(rotated, cos_sin, positions))
+    _, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)  # [tokens, num_kv_heads, head_size]
     blocks, offsets = slots // block_size, slots % block_size
-    k_tiles = kv_cache[:, 0].view(num_blocks, num_kv_heads, head_size, block_size)
-    k_tiles[blocks, :, :, offsets] = rotary(k, cos_sin, positions)
-    kv_cache[blocks, 1, :, offsets] = v
+    k_tiles, v_tiles = tiles(kv_cache)
+    step = k_tiles.shape[-1]
+    k_tiles[blocks, :, :, offsets] = k.unflatten(2, (-1, step))
+    v_tiles[blocks, :, offsets // step, :, offsets % step] = v
 
 
 def paged_attention(
@@ -70,14 +95,13 @@ def paged_attention(
     compute_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Causal attention over paged KV, one sequence at a time. Returns [tokens, num_heads * head_size]."""
-    num_blocks, _, num_kv_heads, block_size, head_size = kv_cache.shape
-    k_tiles = kv_cache[:, 0].view(num_blocks, num_kv_heads, head_size, block_size)
+    _, _, num_kv_heads, block_size, head_size = kv_cache.shape
     out = torch.empty((qkv.shape[0], num_heads, head_size), dtype=qkv.dtype)
     for s, length in enumerate(context_lens.tolist()):
         begin, end = int(token_begins[s]), int(token_begins[s + 1])
         blocks = block_tables[s, : -(-length // block_size)].long()
-        k = k_tiles[blocks].permute(1, 0, 3, 2).reshape(num_kv_heads, -1, head_size)[:, :length].to(compute_dtype)
-        v = kv_cache[blocks, 1].transpose(0, 1).reshape(num_kv_heads, -1, head_size)[:, :length].to(compute_dtype)
+        plain = (part(kv_cache, blocks).transpose(0, 1).flatten(1, 2)[:, :length] for part in (keys, values))
+        k, v = (part.to(compute_dtype) for part in plain)  # [num_kv_heads, length, head_size]
         q = qkv[begin:end, : num_heads * head_size].view(-1, num_kv_heads, num_heads // num_kv_heads, head_size)
         scores = torch.einsum("tngd,nkd->tngk", q.to(compute_dtype), k) * scale
         age = torch.arange(length - (end - begin), length)[:, None] - torch.arange(length)[None, :]

@@ -11,12 +11,13 @@ from octavo.kernels.cpu.library import address, i64, library
 def rotary_kv_write(
     qkv: Tensor, cos_sin: Tensor, positions: Tensor, slots: Tensor, kv_cache: Tensor, num_heads: int
 ) -> None:
-    """Rotate the queries in place; write rotated keys and plain values to their slots.
+    """Rotate queries and keys; write keys and values to their slots.
 
-    qkv: [tokens, (num_heads + 2 * num_kv_heads) * head_size]; cos_sin: [max_positions, rotary_size] float32, cosines
-    then sines of the first rotary_size / 2 pairs; positions: [tokens] int32; slots: [tokens] int64,
-    block * block_size + offset; kv_cache: [num_blocks, 2, num_kv_heads, block_size, head_size], dtype of qkv, K tiles
-    transposed inside. Positions and slots are not checked against their ranges. Raises ValueError on a wrong argument.
+    qkv: [tokens, (num_heads + 2 * num_kv_heads) * head_size], whose queries and keys are rotated in place; cos_sin:
+    [max_positions, rotary_size] float32, cosines then sines of the first rotary_size / 2 pairs; positions: [tokens]
+    int32; slots: [tokens] int64, block * block_size + offset; kv_cache: [num_blocks, 2, num_kv_heads, block_size,
+    head_size], dtype of qkv, inside a tile in the order of `reference.tiles`. Positions and slots are not checked
+    against their ranges. Raises ValueError on a wrong argument.
     Su et al., arXiv 2104.09864; the halves of a head are rotated, as Llama checkpoints expect.
     """
     check(kv_cache, "kv_cache", (None, 2, None, None, None), COMPUTE_DTYPES)

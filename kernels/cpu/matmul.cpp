@@ -22,24 +22,6 @@ struct Args {
     int64_t m, n, k, x_stride, out_stride;
 };
 
-// acc += the dot product of K-pairs (bfloat16), or of single values (float32).
-inline f32x16 step(f32x16 acc, const bf16* x, const bf16* w) {
-    uint32_t pair;
-    std::memcpy(&pair, x, 4);
-#if defined(__AVX512BF16__)
-    return (f32x16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)load_vec<__m512i>(w));
-#else
-    const u32x16 both = load_vec<u32x16>(w);
-    const float lo = to_float((bf16)(pair & 0xffff)), hi = to_float((bf16)(pair >> 16));
-    acc = fma((f32x16)(both << 16), splat(lo), acc);
-    return fma((f32x16)(both & 0xffff0000u), splat(hi), acc);
-#endif
-}
-inline f32x16 step(f32x16 acc, const float* x, const float* w) { return fma(load(w), splat(*x), acc); }
-
-template <typename T>
-constexpr int STEP_K = sizeof(T) == 2 ? 2 : 1;
-
 // Bias and residual added in float32 to the 16 sums of one row and panel, then the one rounding.
 template <typename O>
 void finish(const Args& a, int64_t row, int64_t panel, f32x16 v) {
@@ -63,7 +45,7 @@ void finish(const Args& a, int64_t row, int64_t panel, f32x16 v) {
 
 template <typename T, typename O, int MR, int NP>
 void tile(const Args& a, int64_t row, int64_t panel) {
-    constexpr int KS = STEP_K<T>;
+    constexpr int KS = STEP<T>;
     const T* x = (const T*)a.x + row * a.x_stride;
     const int64_t panel_size = a.k * LANES;
     const T* w = (const T*)a.weight + panel * panel_size;
@@ -113,21 +95,15 @@ void panels(const Args& a, int64_t begin, int64_t end) {
 }
 
 #if defined(__AMX_BF16__)
-// Tile registers (Intel AMX): an instruction adds a [16, 32] by [32, 16] bfloat16 product to 16 by 16 float32 sums. A
-// panel of a packed weight is a column of its right-hand tiles as it lies. Sums 0 to 3; x in 4 and 5; weights in 6, 7.
+// By tiles: sums in tile registers 0 to 3, x in 4 and 5, weights in 6 and 7. A panel of a packed weight is a column of
+// right-hand tiles as it lies.
 constexpr int64_t TILE_ROWS = 16, TILE_K = 32;
-
-struct alignas(64) TileConfig {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {};
-};
 
 // x tile 4 and sums 0, 1 have `first` rows; x tile 5 and sums 2, 3 have `second`.
 void configure(int first, int second) {
     TileConfig config;
     const int rows[8] = {first, first, second, second, first, second, TILE_ROWS, TILE_ROWS};
-    for (int i = 0; i < 8; i++) config.rows[i] = (uint8_t)rows[i];
+    for (int i = 0; i < 8; i++) config.set(i, rows[i], 64);
     _tile_loadconfig(&config);
 }
 
@@ -257,7 +233,7 @@ void matmul(const Args& a) {
 
 template <typename T>
 void pack(T* out, const T* weight, int64_t row_begin, int64_t rows, int64_t k) {
-    constexpr int KS = STEP_K<T>;
+    constexpr int KS = STEP<T>;
 #pragma omp parallel for
     for (int64_t r = 0; r < rows; r++) {
         const int64_t n = row_begin + r;
@@ -269,7 +245,7 @@ void pack(T* out, const T* weight, int64_t row_begin, int64_t rows, int64_t k) {
 
 template <typename T>
 void unpack_rows(T* out, const T* packed, const int32_t* ids, int64_t count, int64_t k) {
-    constexpr int KS = STEP_K<T>;
+    constexpr int KS = STEP<T>;
     for (int64_t i = 0; i < count; i++) {
         const int64_t n = ids[i];
         const T* panel = packed + (n / LANES) * LANES * k + (n % LANES) * KS;

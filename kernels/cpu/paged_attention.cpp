@@ -3,7 +3,8 @@
 //
 // One order of arithmetic for every query: tiles of TILE keys aligned to position 0, from the first to the last; inside a
 // tile, scores sum over the head from 0 up and outputs sum over the keys from 0 up. A query's bits therefore do not depend
-// on how many queries share the call: decode, chunked and whole prefill agree.
+// on how many queries share the call: decode, chunked and whole prefill agree. In bfloat16 the weights of a tile are
+// rounded to bfloat16, and their sum is that of the rounded ones.
 #include "vec.h"
 
 #include <omp.h>
@@ -15,24 +16,41 @@ namespace octavo {
 namespace {
 
 constexpr int TILE = 64, GROUPS = TILE / LANES;  // keys of a tile, in groups of one vector
-constexpr int MAX_ROWS = 4;                      // (token, head) pairs that share the loads of a tile
 constexpr int MAX_HEAD = 256;
+constexpr int MAX_ROWS = 16;    // (token, head) pairs of one KV head that share the loads of a tile
+constexpr int VECTOR_ROWS = 4;  // rows whose sums fit the vector registers
 
 template <typename T>
 struct Attention {
-    const T* q;                     // [tokens, heads * head_size], row stride q_stride
-    T* out;                         // [tokens, heads * head_size], contiguous
-    const T* cache;                 // layout: see rotary_kv_write.cpp
-    const int32_t* block_tables;    // [sequences, table_stride]
-    const int32_t* token_begins;    // [sequences + 1]
-    const int32_t* context_lens;    // [sequences]: tokens in the cache, the new ones included
+    const T* q;                   // [tokens, heads * head_size], row stride q_stride
+    T* out;                       // [tokens, heads * head_size], contiguous
+    const T* cache;               // layout: see rotary_kv_write.cpp
+    const int32_t* block_tables;  // [sequences, table_stride]
+    const int32_t* token_begins;  // [sequences + 1]
+    const int32_t* context_lens;  // [sequences]: tokens in the cache, the new ones included
     int64_t sequences, table_stride, q_stride, heads, kv_heads, head_size, block_size, window;
     float scale;
+
+    static constexpr int S = STEP<T>;
 
     struct Rows {
         int count;
         int64_t position[MAX_ROWS];
         int64_t q_offset[MAX_ROWS], out_offset[MAX_ROWS];
+    };
+
+    // A tile's keys and values, a pointer for each group of 16 keys, and what the tile's steps hand on.
+    struct Tile {
+        int num_keys;
+        const T* k[GROUPS];  // [head_size / S][block_size][S], from the group's first key on
+        const T* v[GROUPS];  // [16 / S][head_size][S]
+        alignas(64) T q[MAX_ROWS][MAX_HEAD];
+        alignas(64) float scores[MAX_ROWS][TILE];
+        alignas(64) T weights[MAX_ROWS][TILE];
+        float alpha[MAX_ROWS];
+        alignas(64) float sums[MAX_ROWS][MAX_HEAD];  // outputs, not divided by row_sum yet
+        alignas(64) T v_tail[LANES * MAX_HEAD];
+        float row_max[MAX_ROWS], row_sum[MAX_ROWS];
     };
 
     const T* k_tile(int64_t block, int64_t kv_head) const {
@@ -42,111 +60,222 @@ struct Attention {
         return cache + ((block * 2 + 1) * kv_heads + kv_head) * block_size * head_size;
     }
 
+    // Where the tile that begins at position `begin` lies.
+    void find(Tile& t, int64_t begin, int64_t end, int64_t kv_head, const int32_t* table) const {
+        t.num_keys = (int)std::min<int64_t>(TILE, end - begin);
+        for (int g = 0; g < GROUPS; g++) {
+            // A group past the last key reads the tile's first instead: its scores are masked, its weights are 0.
+            const int64_t at = g * LANES < t.num_keys ? begin + g * LANES : begin;
+            const int64_t block = table[at / block_size], offset = at % block_size;
+            t.k[g] = k_tile(block, kv_head) + offset * S;
+            t.v[g] = v_tile(block, kv_head) + offset * head_size;
+        }
+        // Slots past the last key may hold anything, NaN included, which a weight of 0 would not stop.
+        const int rest = t.num_keys % LANES;
+        if (rest) {
+            const int64_t whole = rest / S * S * head_size;
+            const T* v = t.v[t.num_keys / LANES];
+            std::memcpy(t.v_tail, v, whole * sizeof(T));
+            std::memset(t.v_tail + whole, 0, (LANES * head_size - whole) * sizeof(T));
+            if (rest % S)
+                for (int64_t d = 0; d < head_size; d++) t.v_tail[whole + d * S] = v[whole + d * S];
+            t.v[t.num_keys / LANES] = t.v_tail;
+        }
+    }
+
+    // Scores of rows [row, row + R).
     template <int R>
-    void scores(const float* q32, const T* const* k_groups, f32x16 (*s)[GROUPS]) const {
+    void score(Tile& t, int row) const {
         f32x16 acc[R][GROUPS];
         for (int r = 0; r < R; r++)
             for (int g = 0; g < GROUPS; g++) acc[r][g] = splat(0.0f);
-        for (int64_t d = 0; d < head_size; d++) {
-            f32x16 k[GROUPS];
+        for (int64_t d = 0; d < head_size; d += S)
 #pragma GCC unroll 4
-            for (int g = 0; g < GROUPS; g++) k[g] = load(k_groups[g] + d * block_size);
+            for (int g = 0; g < GROUPS; g++)
 #pragma GCC unroll 4
-            for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-                for (int g = 0; g < GROUPS; g++) acc[r][g] = fma(k[g], splat(q32[r * MAX_HEAD + d]), acc[r][g]);
-        }
+                for (int r = 0; r < R; r++) acc[r][g] = step(acc[r][g], t.q[row + r] + d, t.k[g] + d * block_size);
         for (int r = 0; r < R; r++)
-            for (int g = 0; g < GROUPS; g++) s[r][g] = acc[r][g];
+            for (int g = 0; g < GROUPS; g++) store(t.scores[row + r] + g * LANES, acc[r][g]);
     }
 
-    // acc[r][d..] = acc * alpha + sum over keys of p[r][key] * v[key][d..], NV vectors of the head at a time.
+    // sums = sums * alpha + weights times values for rows [row, row + R), NV vectors of the head from d on.
     template <int R, int NV>
-    void weigh(float* acc32, const float* alpha, const float (*p)[TILE], const T* const* v_rows, int num_keys,
-               int64_t d) const {
+    void weigh_vectors(Tile& t, int row, int64_t d) const {
         f32x16 acc[R][NV];
         for (int r = 0; r < R; r++)
-            for (int i = 0; i < NV; i++) acc[r][i] = load(acc32 + r * MAX_HEAD + d + i * LANES) * splat(alpha[r]);
-        for (int key = 0; key < num_keys; key++) {
-            f32x16 v[NV];
+            for (int i = 0; i < NV; i++) acc[r][i] = load(t.sums[row + r] + d + i * LANES) * splat(t.alpha[row + r]);
+        for (int key = 0; key < t.num_keys; key += S) {
+            const T* v = t.v[key / LANES] + key % LANES * head_size + d * S;
 #pragma GCC unroll 4
-            for (int i = 0; i < NV; i++) v[i] = load(v_rows[key] + d + i * LANES);
+            for (int i = 0; i < NV; i++)
 #pragma GCC unroll 4
-            for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-                for (int i = 0; i < NV; i++) acc[r][i] = fma(v[i], splat(p[r][key]), acc[r][i]);
+                for (int r = 0; r < R; r++)
+                    acc[r][i] = step(acc[r][i], t.weights[row + r] + key, v + i * LANES * S);
         }
         for (int r = 0; r < R; r++)
-            for (int i = 0; i < NV; i++) store(acc32 + r * MAX_HEAD + d + i * LANES, acc[r][i]);
+            for (int i = 0; i < NV; i++) store(t.sums[row + r] + d + i * LANES, acc[r][i]);
     }
 
     template <int R>
-    void attend(const Rows& rows, int64_t kv_head, const int32_t* table) const {
-        alignas(64) float q32[R * MAX_HEAD], acc32[R * MAX_HEAD];
-        float row_max[R], row_sum[R];
-        int64_t last = 0, first = INT64_MAX;
-        for (int r = 0; r < R; r++) {
-            for (int64_t d = 0; d < head_size; d += LANES) {
-                store(q32 + r * MAX_HEAD + d, load(q + rows.q_offset[r] + d) * splat(scale));
-                store(acc32 + r * MAX_HEAD + d, splat(0.0f));
+    void weigh(Tile& t, int row) const {
+        int64_t d = 0;
+        for (; d + 4 * LANES <= head_size; d += 4 * LANES) weigh_vectors<R, 4>(t, row, d);
+        for (; d < head_size; d += LANES) weigh_vectors<R, 1>(t, row, d);
+    }
+
+#if defined(__AMX_BF16__)
+    // By tiles where the head is whole ones: sums in 0 to 3, queries in 4, keys in 5, weights in 6, values in 7.
+    bool by_tiles() const { return S == 2 && head_size % 32 == 0; }
+
+    static void configure(int rows) {
+        TileConfig config;
+        for (int i = 0; i < 4; i++) config.set(i, rows, 64);
+        config.set(4, rows, 64);
+        config.set(5, 16, 64);
+        config.set(6, rows, 32);
+        config.set(7, 8, 64);
+        _tile_loadconfig(&config);
+    }
+
+    void score_by_tiles(Tile& t) const {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        const int64_t stride = block_size * S * sizeof(T);
+        for (int64_t d = 0; d < head_size; d += 32) {
+            _tile_loadd(4, t.q[0] + d, sizeof t.q[0]);
+            _tile_loadd(5, t.k[0] + d * block_size, stride);
+            _tile_dpbf16ps(0, 4, 5);
+            if (t.num_keys > LANES) {
+                _tile_loadd(5, t.k[1] + d * block_size, stride);
+                _tile_dpbf16ps(1, 4, 5);
             }
-            row_max[r] = NEG_INF;
-            row_sum[r] = 0.0f;
+            if (t.num_keys > 2 * LANES) {
+                _tile_loadd(5, t.k[2] + d * block_size, stride);
+                _tile_dpbf16ps(2, 4, 5);
+                _tile_loadd(5, t.k[3] + d * block_size, stride);
+                _tile_dpbf16ps(3, 4, 5);
+            }
+        }
+        _tile_stored(0, t.scores[0], sizeof t.scores[0]);
+        _tile_stored(1, t.scores[0] + LANES, sizeof t.scores[0]);
+        _tile_stored(2, t.scores[0] + 2 * LANES, sizeof t.scores[0]);
+        _tile_stored(3, t.scores[0] + 3 * LANES, sizeof t.scores[0]);
+    }
+
+    void weigh_by_tiles(Tile& t, int rows) const {
+        alignas(64) float products[MAX_ROWS][4 * LANES];
+        const int64_t stride = head_size * S * sizeof(T);
+        for (int64_t d = 0; d < head_size; d += 4 * LANES) {
+            const bool four = d + 4 * LANES <= head_size;  // else two vectors are left
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_zero(2);
+            _tile_zero(3);
+            for (int g = 0; g * LANES < t.num_keys; g++) {
+                const T* v = t.v[g] + d * S;
+                _tile_loadd(6, t.weights[0] + g * LANES, sizeof t.weights[0]);
+                _tile_loadd(7, v, stride);
+                _tile_dpbf16ps(0, 6, 7);
+                _tile_loadd(7, v + LANES * S, stride);
+                _tile_dpbf16ps(1, 6, 7);
+                if (four) {
+                    _tile_loadd(7, v + 2 * LANES * S, stride);
+                    _tile_dpbf16ps(2, 6, 7);
+                    _tile_loadd(7, v + 3 * LANES * S, stride);
+                    _tile_dpbf16ps(3, 6, 7);
+                }
+            }
+            _tile_stored(0, products[0], sizeof products[0]);
+            _tile_stored(1, products[0] + LANES, sizeof products[0]);
+            _tile_stored(2, products[0] + 2 * LANES, sizeof products[0]);
+            _tile_stored(3, products[0] + 3 * LANES, sizeof products[0]);
+            for (int r = 0; r < rows; r++)
+                for (int i = 0; i < (four ? 4 : 2); i++) {
+                    float* sums = t.sums[r] + d + i * LANES;
+                    store(sums, fma(load(sums), splat(t.alpha[r]), load(products[r] + i * LANES)));
+                }
+        }
+    }
+#endif
+
+    void score_rows(Tile& t, int rows) const {
+#if defined(__AMX_BF16__)
+        if (by_tiles()) return score_by_tiles(t);
+#endif
+        for (int row = 0; row < rows; row += VECTOR_ROWS) switch (rows - row) {
+            case 1: score<1>(t, row); break;
+            case 2: score<2>(t, row); break;
+            case 3: score<3>(t, row); break;
+            default: score<4>(t, row); break;
+        }
+    }
+
+    void weigh_rows(Tile& t, int rows) const {
+#if defined(__AMX_BF16__)
+        if (by_tiles()) return weigh_by_tiles(t, rows);
+#endif
+        for (int row = 0; row < rows; row += VECTOR_ROWS) switch (rows - row) {
+            case 1: weigh<1>(t, row); break;
+            case 2: weigh<2>(t, row); break;
+            case 3: weigh<3>(t, row); break;
+            default: weigh<4>(t, row); break;
+        }
+    }
+
+    // Scores of one row to weights, relative to the greatest score so far.
+    void soften(Tile& t, int r, int64_t position, int64_t begin) const {
+        const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        const int32_t keep_end = (int32_t)std::clamp<int64_t>(position + 1 - begin, 0, TILE);
+        const int32_t keep_begin = window ? (int32_t)std::clamp<int64_t>(position - window + 1 - begin, 0, TILE) : 0;
+        f32x16 s[GROUPS], tile_max = splat(NEG_INF);
+        for (int g = 0; g < GROUPS; g++) {
+            const i32x16 key = lane + g * LANES;
+            s[g] = load(t.scores[r] + g * LANES) * splat(scale);
+            s[g] = select((key >= keep_begin) & (key < keep_end), s[g], splat(NEG_INF));
+            tile_max = max(tile_max, s[g]);
+        }
+        const float new_max = std::max(t.row_max[r], max_lanes(tile_max));
+        if (new_max == NEG_INF) {  // nothing visible to this row yet: leave it as it is
+            t.alpha[r] = 1.0f;
+            std::fill(t.weights[r], t.weights[r] + TILE, T(0));
+            return;
+        }
+        f32x16 sum = splat(0.0f);
+        for (int g = 0; g < GROUPS; g++) {
+            store(t.weights[r] + g * LANES, exp(s[g] - splat(new_max)));
+            sum = sum + load(t.weights[r] + g * LANES);
+        }
+        t.alpha[r] = exp(t.row_max[r] - new_max);
+        t.row_sum[r] = __builtin_fmaf(t.row_sum[r], t.alpha[r], sum_lanes(sum));
+        t.row_max[r] = new_max;
+    }
+
+    void attend(const Rows& rows, int64_t kv_head, const int32_t* table) const {
+        Tile t;
+#if defined(__AMX_BF16__)
+        if (by_tiles()) configure(rows.count);
+#endif
+        int64_t last = 0, first = INT64_MAX;
+        for (int r = 0; r < rows.count; r++) {
+            std::memcpy(t.q[r], q + rows.q_offset[r], head_size * sizeof(T));
+            std::fill(t.sums[r], t.sums[r] + head_size, 0.0f);
+            t.row_max[r] = NEG_INF;
+            t.row_sum[r] = 0.0f;
             last = std::max(last, rows.position[r]);
             first = std::min(first, window ? std::max<int64_t>(0, rows.position[r] - window + 1) : 0);
         }
         for (int64_t begin = first / TILE * TILE; begin <= last; begin += TILE) {
-            const int num_keys = (int)std::min<int64_t>(TILE, last + 1 - begin);
-            const T* k_groups[GROUPS];
-            const T* v_rows[TILE];
-            for (int g = 0; g < GROUPS; g++) {
-                // A group past the last key reads the tile's first block instead; its scores are masked.
-                const int64_t at = g * LANES < num_keys ? begin + g * LANES : begin;
-                k_groups[g] = k_tile(table[at / block_size], kv_head) + at % block_size;
-            }
-            for (int key = 0; key < num_keys; key++) {
-                const int64_t at = begin + key;
-                v_rows[key] = v_tile(table[at / block_size], kv_head) + (at % block_size) * head_size;
-            }
-            f32x16 s[R][GROUPS];
-            scores<R>(q32, k_groups, s);
-            alignas(64) float p[R][TILE];
-            float alpha[R];
-            for (int r = 0; r < R; r++) {
-                const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-                const int32_t keep_end = (int32_t)std::clamp<int64_t>(rows.position[r] + 1 - begin, 0, TILE);
-                const int32_t keep_begin =
-                    window ? (int32_t)std::clamp<int64_t>(rows.position[r] - window + 1 - begin, 0, TILE) : 0;
-                f32x16 tile_max = splat(NEG_INF);
-                for (int g = 0; g < GROUPS; g++) {
-                    const i32x16 key = lane + g * LANES;
-                    s[r][g] = select((key >= keep_begin) & (key < keep_end), s[r][g], splat(NEG_INF));
-                    tile_max = max(tile_max, s[r][g]);
-                }
-                const float new_max = std::max(row_max[r], max_lanes(tile_max));
-                if (new_max == NEG_INF) {  // nothing visible to this row yet: leave it as it is
-                    alpha[r] = 1.0f;
-                    std::fill(p[r], p[r] + TILE, 0.0f);
-                    continue;
-                }
-                f32x16 sum = splat(0.0f);
-                for (int g = 0; g < GROUPS; g++) {
-                    const f32x16 e = exp(s[r][g] - splat(new_max));
-                    store(p[r] + g * LANES, e);
-                    sum = sum + e;
-                }
-                alpha[r] = exp(row_max[r] - new_max);
-                row_sum[r] = __builtin_fmaf(row_sum[r], alpha[r], sum_lanes(sum));
-                row_max[r] = new_max;
-            }
-            int64_t d = 0;
-            for (; d + 4 * LANES <= head_size; d += 4 * LANES) weigh<R, 4>(acc32, alpha, p, v_rows, num_keys, d);
-            for (; d < head_size; d += LANES) weigh<R, 1>(acc32, alpha, p, v_rows, num_keys, d);
+            find(t, begin, last + 1, kv_head, table);
+            score_rows(t, rows.count);
+            for (int r = 0; r < rows.count; r++) soften(t, r, rows.position[r], begin);
+            weigh_rows(t, rows.count);
         }
-        for (int r = 0; r < R; r++) {
-            const f32x16 inverse = splat(1.0f / row_sum[r]);
+        for (int r = 0; r < rows.count; r++) {
+            const f32x16 inverse = splat(1.0f / t.row_sum[r]);
             for (int64_t d = 0; d < head_size; d += LANES)
-                store(out + rows.out_offset[r] + d, load(acc32 + r * MAX_HEAD + d) * inverse);
+                store(out + rows.out_offset[r] + d, load(t.sums[r] + d) * inverse);
         }
     }
 
@@ -162,13 +291,7 @@ struct Attention {
             rows.q_offset[r] = (token_begins[sequence] + token) * q_stride + head * head_size;
             rows.out_offset[r] = ((token_begins[sequence] + token) * heads + head) * head_size;
         }
-        const int32_t* table = block_tables + sequence * table_stride;
-        switch (rows.count) {
-            case 4: attend<4>(rows, kv_head, table); break;
-            case 3: attend<3>(rows, kv_head, table); break;
-            case 2: attend<2>(rows, kv_head, table); break;
-            default: attend<1>(rows, kv_head, table); break;
-        }
+        attend(rows, kv_head, block_tables + sequence * table_stride);
     }
 
     void run() const {
@@ -179,11 +302,17 @@ struct Attention {
             const int64_t rows = (token_begins[s + 1] - token_begins[s]) * group;
             begins[s + 1] = begins[s] + (rows + MAX_ROWS - 1) / MAX_ROWS * kv_heads;
         }
-#pragma omp parallel for schedule(dynamic, 1)
-        for (int64_t i = begins[sequences] - 1; i >= 0; i--) {  // the longest rows of a prefill first
-            const int64_t s = std::upper_bound(begins.begin(), begins.end(), i) - begins.begin() - 1;
-            const int64_t in_sequence = i - begins[s];
-            item(s, in_sequence % kv_heads, in_sequence / kv_heads * MAX_ROWS);
+#pragma omp parallel
+        {
+#pragma omp for schedule(dynamic, 1)
+            for (int64_t i = begins[sequences] - 1; i >= 0; i--) {  // the longest rows of a prefill first
+                const int64_t s = std::upper_bound(begins.begin(), begins.end(), i) - begins.begin() - 1;
+                const int64_t in_sequence = i - begins[s];
+                item(s, in_sequence % kv_heads, in_sequence / kv_heads * MAX_ROWS);
+            }
+#if defined(__AMX_BF16__)
+            if (by_tiles()) _tile_release();
+#endif
         }
     }
 };

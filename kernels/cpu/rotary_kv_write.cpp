@@ -1,8 +1,9 @@
 // Rotary embedding (Su et al., arXiv 2104.09864; halves rotated, as Llama checkpoints expect) of queries and keys, fused
 // with writing keys and values to their cache slots.
 //
-// Cache of a layer: [num_blocks, 2, num_kv_heads, block_size, head_size]; inside a K tile this CPU backend keeps the
-// transpose [head_size, block_size], so that the scores of 16 keys are one vector. V tiles stay [block_size, head_size].
+// Cache of a layer: [num_blocks, 2, num_kv_heads, block_size, head_size]. Inside a tile this CPU backend has an order of
+// its own, in which 16 keys' scores, or 16 outputs, are one vector of paired elements (STEP in vec.h): K tiles are
+// [head_size / STEP][block_size][STEP], V tiles are [block_size / STEP][head_size][STEP].
 #include "vec.h"
 
 namespace octavo {
@@ -17,30 +18,33 @@ struct Rotary {
     T* cache;
     int64_t tokens, qkv_stride, heads, kv_heads, head_size, rotary_size, block_size;
 
-    // The rotated head into `out`, whose elements lie `step` apart.
-    void rotate(const T* head, const float* table, T* out, int64_t step) const {
+    // The head rotated in place.
+    void rotate(T* head, const float* table) const {
         const int64_t half = rotary_size / 2;
         for (int64_t i = 0; i < half; i++) {
             const float a = to_float(head[i]), b = to_float(head[i + half]);
             const float c = table[i], s = table[i + half];
-            store_one(out + i * step, __builtin_fmaf(a, c, -(b * s)));
-            store_one(out + (i + half) * step, __builtin_fmaf(b, c, a * s));
+            store_one(head + i, __builtin_fmaf(a, c, -(b * s)));
+            store_one(head + i + half, __builtin_fmaf(b, c, a * s));
         }
-        for (int64_t i = rotary_size; i < head_size; i++) out[i * step] = head[i];
     }
 
     void token(int64_t t) const {
         T* row = qkv + t * qkv_stride;
         const float* table = cos_sin + positions[t] * rotary_size;
-        for (int64_t h = 0; h < heads; h++) rotate(row + h * head_size, table, row + h * head_size, 1);
+        for (int64_t h = 0; h < heads + kv_heads; h++) rotate(row + h * head_size, table);
         const int64_t block = slots[t] / block_size, offset = slots[t] % block_size;
         const int64_t tile = block_size * head_size;
         T* k_tiles = cache + block * 2 * kv_heads * tile;
         T* v_tiles = k_tiles + kv_heads * tile;
+        constexpr int S = STEP<T>;
         for (int64_t h = 0; h < kv_heads; h++) {
-            rotate(row + (heads + h) * head_size, table, k_tiles + h * tile + offset, block_size);
-            std::memcpy(v_tiles + h * tile + offset * head_size, row + (heads + kv_heads + h) * head_size,
-                        head_size * sizeof(T));
+            const T* k = row + (heads + h) * head_size;
+            const T* v = row + (heads + kv_heads + h) * head_size;
+            T* k_slot = k_tiles + h * tile + offset * S;
+            T* v_slot = v_tiles + h * tile + offset / S * S * head_size + offset % S;
+            for (int64_t i = 0; i < head_size; i++) k_slot[i / S * block_size * S + i % S] = k[i];
+            for (int64_t i = 0; i < head_size; i++) v_slot[i * S] = v[i];
         }
     }
 

@@ -59,12 +59,18 @@ inline f32x16 select(i32x16 mask, f32x16 a, f32x16 b) { return mask ? a : b; }
 
 // The lanes added in one fixed tree: (i) + (i + 8), then + 4, + 2, + 1.
 inline float sum_lanes(f32x16 v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)v);
+#endif
     for (int half = 8; half > 0; half /= 2)
         for (int i = 0; i < half; i++) v[i] = v[i] + v[i + half];
     return v[0];
 }
 
 inline float max_lanes(f32x16 v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)v);
+#endif
     float m = v[0];
     for (int i = 1; i < LANES; i++) m = v[i] > m ? v[i] : m;
     return m;
@@ -94,6 +100,11 @@ inline bf16 to_bf16(float f) {
 
 inline void store(float* p, f32x16 v) { std::memcpy(p, &v, sizeof v); }
 inline void store(bf16* p, f32x16 v) {
+#if defined(__AVX512BF16__)
+    const __m256bh narrow_bits = _mm512_cvtneps_pbh((__m512)v);
+    std::memcpy(p, &narrow_bits, sizeof narrow_bits);
+    return;
+#endif
     u32x16 bits = (u32x16)v;
     u32x16 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     u32x16 is_nan = (u32x16)((bits & 0x7fffffff) > 0x7f800000);
@@ -104,6 +115,40 @@ inline void store(bf16* p, f32x16 v) {
 
 inline void store_one(float* p, float f) { *p = f; }
 inline void store_one(bf16* p, float f) { *p = to_bf16(f); }
+
+// What matrix products are made of. A step takes STEP consecutive elements of x, broadcast, and as many for each of 16
+// lanes of w ([16][STEP], paired as bfloat16 dot-product instructions take them), and adds the products to acc.
+template <typename T>
+constexpr int STEP = sizeof(T) == 2 ? 2 : 1;
+
+inline f32x16 step(f32x16 acc, const float* x, const float* w) { return fma(load(w), splat(*x), acc); }
+inline f32x16 step(f32x16 acc, const bf16* x, const bf16* w) {
+    uint32_t pair;
+    std::memcpy(&pair, x, 4);
+#if defined(__AVX512BF16__)
+    return (f32x16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)load_vec<__m512i>(w));
+#else
+    const u32x16 both = load_vec<u32x16>(w);
+    const float lo = to_float((bf16)(pair & 0xffff)), hi = to_float((bf16)(pair >> 16));
+    acc = fma((f32x16)(both << 16), splat(lo), acc);
+    return fma((f32x16)(both & 0xffff0000u), splat(hi), acc);
+#endif
+}
+
+#if defined(__AMX_BF16__)
+// Tile registers (Intel AMX): up to 16 rows of 64 bytes. A product instruction adds [rows, 32] by [32, 16] bfloat16 to
+// rows by 16 float32 sums; its right-hand tile holds pairs: [16][16][2].
+struct alignas(64) TileConfig {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+
+    void set(int tile, int num_rows, int num_bytes) {
+        rows[tile] = (uint8_t)num_rows;
+        row_bytes[tile] = (uint16_t)num_bytes;
+    }
+};
+#endif
 
 // exp and log after Cephes (S. Moshier, expf and logf): reduced to |r| <= ln(2)/2, degree 5 and 8, error under 2 ulp.
 // Below EXP_MIN the result is 0, which also gives exp(-inf) = 0.

@@ -39,10 +39,10 @@ def test_rotate_and_write(
 
     got_q = qkv[:, : heads * head_size].unflatten(1, (heads, head_size)).double()
     torch.testing.assert_close(got_q, want_q.double(), atol=tolerance, rtol=tolerance)
-    k_tiles = cache[:, 0].reshape(5, kv_heads, head_size, block_size)
-    got_k = k_tiles[slots // block_size, :, :, slots % block_size].double()
+    blocks, offsets = slots // block_size, slots % block_size
+    got_k = reference.keys(cache, blocks)[torch.arange(tokens), :, offsets].double()
     torch.testing.assert_close(got_k, want_k.double(), atol=tolerance, rtol=tolerance)
-    assert torch.equal(cache[slots // block_size, 1, :, slots % block_size], values)
+    assert torch.equal(reference.values(cache, blocks)[torch.arange(tokens), :, offsets], values)
     assert int((cache != 7.0).sum()) <= 2 * tokens * kv_heads * head_size  # nothing else was touched
 
 
