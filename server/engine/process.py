@@ -1,6 +1,7 @@
-"""The engine process: `python -m octavo.server.engine.process FD CONFIG`, started with a socket that it inherits.
+"""The engine process: `python -m octavo.server.engine.process FD PARENT_PID CONFIG`, with a socket that it inherits.
 
 Receives requests, runs steps while there is work, replies with deltas; ends when the other side of the socket does.
+Started with SIGINT and SIGTERM blocked.
 """
 
 import ctypes
@@ -35,10 +36,10 @@ RECEIVE_BYTES = 1 << 20
 PR_SET_PDEATHSIG = 1
 
 
-def die_with_parent() -> None:
+def die_with_parent(parent_pid: int) -> None:
     """Have the kernel kill this process when its parent ends, however that happens (Linux)."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() == 1:  # the parent ended before the call
+    if os.getppid() != parent_pid:  # the parent ended before the call
         os._exit(1)
 
 
@@ -82,14 +83,11 @@ class EngineProcess:
 
 def main() -> int:
     """Exit status: 0 when the front end closed the socket, 1 where the engine could not start or failed."""
-    die_with_parent()
-    # Ctrl-C and service managers signal the whole group; when to stop is the front end's decision.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    die_with_parent(int(sys.argv[2]))
     channel = socket.socket(fileno=int(sys.argv[1]))
     started = False
     try:
-        engine = Engine(EngineConfig.from_json(sys.argv[2]))
+        engine = Engine(EngineConfig.from_json(sys.argv[3]))
         channel.sendall(encode_frame(Ready(engine.info)))
         started = True
         # Nothing loaded so far is ever garbage: keep the collector from walking it.
