@@ -1,17 +1,12 @@
 """Fixtures that many tests share: the default model, and tiny random checkpoints."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from tiny_models import TINY, TINY_MODELS
 
-from octavo.server.engine.client import SPIN_COUNT
 from octavo.server.pull import DEFAULT_MODEL, pull
-
-# Before torch is imported: engines in this process then wait as those in a process of their own do.
-os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ VARIANTS: dict[str, tuple[list[str], set[str]]] = (
 )
 
 # No contraction: a multiply-add is fused only where the source says so, so that bits do not depend on the optimiser.
-FLAGS = ["-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=off", "-fno-math-errno"]
+FLAGS = ["-O3", "-std=c++20", "-fPIC", "-shared", "-pthread", "-ffp-contract=off", "-fno-math-errno"]
 FLAGS += ["-fno-trapping-math", "-Wall", "-Werror"]
 # GCC warns of vectors passed by functions that it then inlines, and of its own intrinsics' undefined lanes.
 FLAGS += ["-Wno-psabi", "-Wno-maybe-uninitialized"]

@@ -6,11 +6,9 @@ import os
 import platform
 from pathlib import Path
 
-import torch  # loads the OpenMP runtime that the library then shares: one thread pool for torch's ops and ours
+import torch
 
 from octavo.kernels.cpu.build import VARIANTS, library_path
-
-assert torch is not None
 
 
 @functools.cache
@@ -54,6 +52,14 @@ def library() -> ctypes.CDLL | None:
     """The loaded library, its functions returning nothing; None means the plain torch reference is used."""
     name = variant()
     return ctypes.CDLL(str(library_path(name))) if name else None
+
+
+def set_num_threads(count: int) -> None:
+    """How many threads the ops use from now on; torch itself keeps one, since little is left to it."""
+    lib = library()
+    if lib is not None:
+        lib.octavo_set_num_threads(count)
+    torch.set_num_threads(1 if lib is not None else count)
 
 
 @functools.cache

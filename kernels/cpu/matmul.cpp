@@ -4,9 +4,8 @@
 //
 // Packed weights: panels of 16 output columns. bfloat16: [N/16][K/2][16][2] (pairs along K, as dot-product instructions
 // take them); float32: [N/16][K][16]. Columns past N are zero.
+#include "parallel.h"
 #include "vec.h"
-
-#include <omp.h>
 
 #include <algorithm>
 
@@ -214,33 +213,43 @@ void panels_by_tiles(const Args& a, int64_t begin, int64_t end) {
 }
 #endif
 
+// Panels that a thread takes at a time: few enough that all threads end at about the same time, a multiple of what the
+// registers hold where there are many.
+int64_t panels_at_a_time(int64_t num_panels) {
+    const int64_t threads = num_threads();
+    int64_t best = 1, least = INT64_MAX;
+    for (int64_t size = MAX_PANELS; size >= 1; size--) {
+        const int64_t takes = (num_panels + size - 1) / size;
+        const int64_t longest = (takes + threads - 1) / threads * size;  // panels of the busiest thread
+        if (longest < least) best = size, least = longest;
+    }
+    return best * std::max<int64_t>(1, num_panels / (best * threads * 16));
+}
+
 template <typename T, typename O>
 void matmul(const Args& a) {
-    const int64_t num_panels = (a.n + LANES - 1) / LANES;
-#pragma omp parallel
-    {
-        const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
-        const int64_t begin = num_panels * thread / threads, end = num_panels * (thread + 1) / threads;
+    const int64_t num_panels = (a.n + LANES - 1) / LANES, size = panels_at_a_time(num_panels);
+    parallel_for((num_panels + size - 1) / size, [&](int64_t i) {
+        const int64_t begin = i * size, end = std::min(num_panels, begin + size);
 #if defined(__AMX_BF16__)
         // By the weight's shape alone: a weight has one instruction class, whatever the number of rows.
-        if (sizeof(T) == 2 && a.k % TILE_K == 0) panels_by_tiles<O>(a, begin, end);
-        else panels<T, O>(a, begin, end);
-#else
-        panels<T, O>(a, begin, end);
+        if (sizeof(T) == 2 && a.k % TILE_K == 0) return panels_by_tiles<O>(a, begin, end);
 #endif
-    }
+        panels<T, O>(a, begin, end);
+    });
 }
 
 template <typename T>
 void pack(T* out, const T* weight, int64_t row_begin, int64_t rows, int64_t k) {
     constexpr int KS = STEP<T>;
-#pragma omp parallel for
-    for (int64_t r = 0; r < rows; r++) {
-        const int64_t n = row_begin + r;
-        T* panel = out + (n / LANES) * LANES * k + (n % LANES) * KS;
-        for (int64_t c = 0; c < k; c += KS)
-            for (int s = 0; s < KS; s++) panel[c * LANES + s] = weight[r * k + c + s];
-    }
+    parallel_rows(rows, k, [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; r++) {
+            const int64_t n = row_begin + r;
+            T* panel = out + (n / LANES) * LANES * k + (n % LANES) * KS;
+            for (int64_t c = 0; c < k; c += KS)
+                for (int s = 0; s < KS; s++) panel[c * LANES + s] = weight[r * k + c + s];
+        }
+    });
 }
 
 template <typename T>

@@ -5,9 +5,8 @@
 // tile, scores sum over the head from 0 up and outputs sum over the keys from 0 up. A query's bits therefore do not depend
 // on how many queries share the call: decode, chunked and whole prefill agree. In bfloat16 the weights of a tile are
 // rounded to bfloat16, and their sum is that of the rounded ones.
+#include "parallel.h"
 #include "vec.h"
-
-#include <omp.h>
 
 #include <algorithm>
 #include <vector>
@@ -277,6 +276,9 @@ struct Attention {
             for (int64_t d = 0; d < head_size; d += LANES)
                 store(out + rows.out_offset[r] + d, load(t.sums[r] + d) * inverse);
         }
+#if defined(__AMX_BF16__)
+        if (by_tiles()) _tile_release();
+#endif
     }
 
     void item(int64_t sequence, int64_t kv_head, int64_t row_begin) const {
@@ -302,18 +304,12 @@ struct Attention {
             const int64_t rows = (token_begins[s + 1] - token_begins[s]) * group;
             begins[s + 1] = begins[s] + (rows + MAX_ROWS - 1) / MAX_ROWS * kv_heads;
         }
-#pragma omp parallel
-        {
-#pragma omp for schedule(dynamic, 1)
-            for (int64_t i = begins[sequences] - 1; i >= 0; i--) {  // the longest rows of a prefill first
-                const int64_t s = std::upper_bound(begins.begin(), begins.end(), i) - begins.begin() - 1;
-                const int64_t in_sequence = i - begins[s];
-                item(s, in_sequence % kv_heads, in_sequence / kv_heads * MAX_ROWS);
-            }
-#if defined(__AMX_BF16__)
-            if (by_tiles()) _tile_release();
-#endif
-        }
+        parallel_for(begins[sequences], [&](int64_t index) {
+            const int64_t i = begins[sequences] - 1 - index;  // the longest rows of a prefill first
+            const int64_t s = std::upper_bound(begins.begin(), begins.end(), i) - begins.begin() - 1;
+            const int64_t in_sequence = i - begins[s];
+            item(s, in_sequence % kv_heads, in_sequence / kv_heads * MAX_ROWS);
+        });
     }
 };
 

@@ -1,5 +1,6 @@
 // Root mean square norm (Zhang and Sennrich, arXiv 1910.07467): out = x / sqrt(mean(x^2) + eps) * weight, in fp32, one
 // rounding. A row is reduced by one thread in one order, so its bits do not depend on the number of rows.
+#include "parallel.h"
 #include "vec.h"
 
 #include <cmath>
@@ -21,11 +22,12 @@ void norm_row(T* out, const T* x, const float* weight, int64_t size, float eps) 
 template <typename T>
 void norm(T* out, const T* x, const float* weight, int64_t outer, int64_t inner, int64_t outer_stride,
           int64_t out_stride, int64_t size, float eps) {
-#pragma omp parallel for if (outer * inner * size > 16384)
-    for (int64_t r = 0; r < outer * inner; r++) {
-        const int64_t i = r / inner, j = r % inner;
-        norm_row(out + i * out_stride + j * size, x + i * outer_stride + j * size, weight, size, eps);
-    }
+    parallel_rows(outer * inner, size, [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; r++) {
+            const int64_t i = r / inner, j = r % inner;
+            norm_row(out + i * out_stride + j * size, x + i * outer_stride + j * size, weight, size, eps);
+        }
+    });
 }
 
 }  // namespace

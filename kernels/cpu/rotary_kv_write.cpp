@@ -4,6 +4,7 @@
 // Cache of a layer: [num_blocks, 2, num_kv_heads, block_size, head_size]. Inside a tile this CPU backend has an order of
 // its own, in which 16 keys' scores, or 16 outputs, are one vector of paired elements (STEP in vec.h): K tiles are
 // [head_size / STEP][block_size][STEP], V tiles are [block_size / STEP][head_size][STEP].
+#include "parallel.h"
 #include "vec.h"
 
 namespace octavo {
@@ -49,8 +50,9 @@ struct Rotary {
     }
 
     void run() const {
-#pragma omp parallel for if (tokens > 4)
-        for (int64_t t = 0; t < tokens; t++) token(t);
+        parallel_rows(tokens, (heads + 2 * kv_heads) * head_size, [&](int64_t begin, int64_t end) {
+            for (int64_t t = begin; t < end; t++) token(t);
+        });
     }
 };
 

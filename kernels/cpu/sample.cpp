@@ -3,6 +3,7 @@
 //
 // The draw is the exponential race (equal to the Gumbel-max trick): score = logit / T - log(E), E = -log(u), u from
 // Philox-4x32-10 (Salmon et al., SC 2011); the best score wins, ties go to the lowest id.
+#include "parallel.h"
 #include "vec.h"
 
 #include <algorithm>
@@ -334,21 +335,20 @@ extern "C" void octavo_sample(const float* logits, int64_t num_rows, int64_t voc
                               const void* rows, const int32_t* tokens, int64_t tokens_stride, const void* edits,
                               const int32_t* allowed, int32_t* token_ids, float* logprobs, int32_t* top_ids,
                               float* top_logprobs, int64_t max_top) {
-#pragma omp parallel for schedule(dynamic, 1)
-    for (int64_t r = 0; r < num_rows; r++) {
+    parallel_for(num_rows, [&](int64_t r) {
         const Row& row = ((const Row*)rows)[r];
         const float* x = logits + r * logits_stride;
         Sampler sampler(x, vocab, row, tokens + row.slot * tokens_stride, (const Edit*)edits, allowed);
         if (!sampler.finite()) {
             token_ids[r] = -1;
-            continue;
+            return;
         }
         token_ids[r] = row.target >= 0 ? row.target : sampler.draw();
-        if (row.num_top < 0) continue;
+        if (row.num_top < 0) return;
         const float lse = sampler.log_sum_exp();
         logprobs[r] = x[token_ids[r]] - lse;
-        if (row.num_top == 0) continue;
+        if (row.num_top == 0) return;
         sampler.top(row.num_top, top_ids + r * max_top, top_logprobs + r * max_top);
         for (int32_t i = 0; i < row.num_top; i++) top_logprobs[r * max_top + i] = top_logprobs[r * max_top + i] - lse;
-    }
+    });
 }

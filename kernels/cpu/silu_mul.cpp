@@ -1,4 +1,5 @@
 // out = silu(gate) * up, silu(g) = g / (1 + exp(-g)) (Shazeer, arXiv 2002.05202), in fp32, one rounding.
+#include "parallel.h"
 #include "vec.h"
 
 namespace octavo {
@@ -6,14 +7,15 @@ namespace {
 
 template <typename T>
 void silu_mul(T* out, const T* gate_up, int64_t rows, int64_t size) {
-#pragma omp parallel for if (rows * size > 16384)
-    for (int64_t r = 0; r < rows; r++) {
-        const T* gate = gate_up + r * 2 * size;
-        for (int64_t i = 0; i < size; i += LANES) {
-            const f32x16 g = load(gate + i);
-            store(out + r * size + i, g / (splat(1.0f) + exp(-g)) * load(gate + size + i));
+    parallel_rows(rows, size, [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; r++) {
+            const T* gate = gate_up + r * 2 * size;
+            for (int64_t i = 0; i < size; i += LANES) {
+                const f32x16 g = load(gate + i);
+                store(out + r * size + i, g / (splat(1.0f) + exp(-g)) * load(gate + size + i));
+            }
         }
-    }
+    });
 }
 
 }  // namespace

@@ -40,9 +40,6 @@ PING_S = 2.0  # an engine not heard of for this long is asked for a sign of life
 STALL_S = 30.0  # not heard of for this long: stalled
 RECEIVE_BYTES = 1 << 20
 STOP_S = 5.0  # how long a stopping engine may take before it is killed
-# How long OpenMP's threads spin when they wait for one another, in turns of a loop. The default is so long that a busy
-# neighbour on one core makes a step 40 times slower; this costs less than a twentieth on an idle machine.
-SPIN_COUNT = "4000"
 
 State = Literal["starting", "ok", "stalled", "dead"]
 
@@ -90,12 +87,7 @@ class EngineClient:
         # that no signal finds the process before it could have said so itself.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
         try:
-            self._process = subprocess.Popen(
-                command,
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                env={"GOMP_SPINCOUNT": SPIN_COUNT, **os.environ},
-            )
+            self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         theirs.close()

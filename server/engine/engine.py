@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from octavo.kernels.cpu.library import multiplies_bf16, variant
+from octavo.kernels.cpu.library import multiplies_bf16, set_num_threads, variant
 from octavo.models.config import ConfigError, ModelConfig, read_config
 from octavo.models.llama import Llama
 from octavo.models.loader import CheckpointError, load
@@ -62,7 +62,7 @@ class Engine:
     def __init__(self, config: EngineConfig) -> None:
         begin = time.monotonic()
         self.num_threads = len(os.sched_getaffinity(0))
-        torch.set_num_threads(self.num_threads)
+        set_num_threads(self.num_threads)
         torch.set_grad_enabled(False)
         folder = Path(config.model)
         try:

@@ -1,10 +1,12 @@
 """matmul, embedding and packing against the float64 product, and the promise that a row's bits stand by themselves."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
+from octavo.kernels.cpu.library import set_num_threads
 from octavo.kernels.embedding import embedding
 from octavo.kernels.matmul import PackedWeight, empty_packed, matmul, packed_bytes
 
@@ -50,17 +52,34 @@ def test_row_alone_has_the_bits_it_has_in_a_batch(n: int, k: int, dtype: torch.d
             assert torch.equal(matmul(x[begin : begin + m], weight), whole[begin : begin + m]), (m, begin)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_bits_do_not_depend_on_threads(threads: int) -> None:
-    torch.manual_seed(0)
-    x, weight = torch.randn(9, 576).bfloat16(), packed(torch.randn(592, 576).bfloat16())
-    want = matmul(x, weight)
+@pytest.fixture
+def restore_threads() -> Iterator[None]:
     before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        assert torch.equal(matmul(x, weight), want)
-    finally:
-        torch.set_num_threads(before)
+    yield
+    set_num_threads(1)
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [2, 3, 8])
+def test_bits_do_not_depend_on_threads(threads: int, restore_threads: None) -> None:
+    torch.manual_seed(0)
+    cases = [(m, n, k) for m in (1, 9, 40) for n, k in ((592, 576), (5000, 64), (16, 32))]
+    inputs = [(torch.randn(m, k).bfloat16(), packed(torch.randn(n, k).bfloat16())) for m, n, k in cases]
+    set_num_threads(1)
+    want = [matmul(x, weight) for x, weight in inputs]
+    set_num_threads(threads)
+    for _ in range(200):  # thousands of loops one after the other: threads that are late for one meet the next
+        for (x, weight), out in zip(inputs, want, strict=True):
+            assert torch.equal(matmul(x, weight), out)
+
+
+def test_more_threads_than_one_may_call(restore_threads: None) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(9, 576), packed(torch.randn(592, 576))
+    want = matmul(x, weight)
+    set_num_threads(3)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(lambda _: torch.equal(matmul(x, weight), want), range(400)))
 
 
 def test_strided_rows() -> None:
