@@ -92,7 +92,6 @@ def matmul(
         i64(weight.n),
         i64(weight.k),
         i64(x.stride(0)),
-        i64(weight.n),
         weight.dtype == torch.bfloat16,
         out_dtype == torch.bfloat16,
     )

@@ -17,7 +17,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     rows, size = x.shape
     check(weight, "weight", (size,), torch.float32)
     out = torch.empty_like(x)
-    _norm(out, x, weight, rows, 1, size, size, size, eps)
+    _norm(out, x, weight, rows, 1, size, size, eps)
     return out
 
 
@@ -28,12 +28,10 @@ def rms_norm_heads(qkv: Tensor, begin: int, num_heads: int, weight: Tensor, eps:
     if begin < 0 or begin + num_heads * size > qkv.shape[1]:
         raise ValueError(f"num_heads: {num_heads} heads of {size} from column {begin} exceed the width {qkv.shape[1]}")
     view = qkv[:, begin : begin + num_heads * size]
-    _norm(view, view, weight, qkv.shape[0], num_heads, qkv.stride(0), qkv.stride(0), size, eps)
+    _norm(view, view, weight, qkv.shape[0], num_heads, qkv.stride(0), size, eps)
 
 
-def _norm(
-    out: Tensor, x: Tensor, weight: Tensor, outer: int, inner: int, stride: int, out_stride: int, size: int, eps: float
-) -> None:
+def _norm(out: Tensor, x: Tensor, weight: Tensor, outer: int, inner: int, stride: int, size: int, eps: float) -> None:
     if size % 16:
         raise ValueError(f"x: size is {size}, expected a multiple of 16")
     lib = library()
@@ -47,7 +45,6 @@ def _norm(
         i64(outer),
         i64(inner),
         i64(stride),
-        i64(out_stride),
         i64(size),
         f32(eps),
         x.dtype == torch.bfloat16,

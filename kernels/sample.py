@@ -91,7 +91,6 @@ def sample(
         address(logits),
         i64(num_rows),
         i64(vocab),
-        i64(vocab),
         rows.ctypes.data_as(_VOID),
         address(tokens),
         i64(tokens.stride(0)),

@@ -73,7 +73,10 @@ _BOUNDS = {
     "num_attention_heads": (1, 1024),
     "num_key_value_heads": (1, 1024),
     "head_dim": (16, 256),
-    "max_position_embeddings": (1, 1 << 27),
+    "max_position_embeddings": (2, 1 << 27),
+    "sliding_window": (1, 1 << 27),
+    "max_window_layers": (0, 1024),
+    "original_max_position_embeddings": (1, 1 << 27),
 }
 
 
@@ -84,7 +87,7 @@ def read_config(folder: Path) -> ModelConfig:
         raw = json.loads(path.read_text())
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist: is {folder} a Hugging Face model folder?") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected an object")
@@ -98,7 +101,7 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     """The configuration from config.json's content. Raises ConfigError that names the key."""
     architectures = raw.get("architectures")
     architecture = architectures[0] if isinstance(architectures, list) and architectures else None
-    if architecture not in ARCHITECTURES:
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise ConfigError(f"architecture {architecture!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
     if raw.get("quantization_config") is not None:
         method = raw["quantization_config"].get("quant_method") if isinstance(raw["quantization_config"], dict) else "?"
@@ -108,7 +111,8 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     always_qkv_bias, qk_norm = ARCHITECTURES[architecture]
     heads = _size(raw, "num_attention_heads")
     hidden = _size(raw, "hidden_size")
-    kv_heads = _size(raw, "num_key_value_heads", heads)
+    # Older Llamas leave it out and mean all; the others' defaults are sizes of one model, so they must say.
+    kv_heads = _size(raw, "num_key_value_heads", heads if architecture == "LlamaForCausalLM" else None)
     head_size = _size(raw, "head_dim", hidden // heads)
     layers = _size(raw, "num_hidden_layers")
     if heads % kv_heads:
@@ -117,7 +121,7 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     for name, value in (("head_dim", head_size), ("hidden_size", hidden), ("intermediate_size", inner)):
         if value % 16:
             raise ConfigError(f"{name} is {value}, expected a multiple of 16")
-    attention_bias = bool(raw.get("attention_bias", False))
+    attention_bias = _flag(raw, "attention_bias")
     return ModelConfig(
         architecture=architecture,
         dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
@@ -130,10 +134,10 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
         head_size=head_size,
         rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
         max_position=_size(raw, "max_position_embeddings", 2048),
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        tie_word_embeddings=_flag(raw, "tie_word_embeddings"),
         qkv_bias=always_qkv_bias or attention_bias,
         output_bias=attention_bias,
-        mlp_bias=bool(raw.get("mlp_bias", False)),
+        mlp_bias=_flag(raw, "mlp_bias"),
         qk_norm=qk_norm,
         windows=_windows(raw, architecture, layers),
         rope=_rope(raw),
@@ -156,20 +160,33 @@ def _number(raw: Mapping[str, Any], key: str, default: float) -> float:
     return float(value)
 
 
+def _flag(raw: Mapping[str, Any], key: str) -> bool:
+    value = raw.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise ConfigError(f"{key} is {value!r}, expected true or false")
+    return bool(value)
+
+
 def _windows(raw: Mapping[str, Any], architecture: str, layers: int) -> tuple[int, ...]:
-    window = raw.get("sliding_window")
-    if architecture.startswith("Qwen") and not raw.get("use_sliding_window", False):
-        window = None
-    if architecture == "LlamaForCausalLM" or window is None:
+    """The window of each layer. Keys whose defaults are those of one certain model must be there."""
+    is_qwen = architecture.startswith("Qwen")
+    if architecture == "LlamaForCausalLM" or (is_qwen and not _flag(raw, "use_sliding_window")):
         return (0,) * layers
-    if not isinstance(window, int) or window < 1:
-        raise ConfigError(f"sliding_window is {window!r}, expected a positive integer")
+    if "sliding_window" not in raw:
+        raise ConfigError("sliding_window is missing, expected an integer or null")
+    if raw["sliding_window"] is None:
+        return (0,) * layers
+    window = _size(raw, "sliding_window")
     types = raw.get("layer_types")
     if types is None:
-        full = raw.get("max_window_layers", 0) if architecture.startswith("Qwen") else 0
+        full = _size(raw, "max_window_layers") if is_qwen else 0
         types = ["full_attention" if i < full else "sliding_attention" for i in range(layers)]
     kinds = {"full_attention": 0, "sliding_attention": window}
-    if len(types) != layers or not set(types) <= set(kinds):
+    if (
+        not isinstance(types, list)
+        or len(types) != layers
+        or any(not isinstance(t, str) or t not in kinds for t in types)
+    ):
         raise ConfigError(f"layer_types: expected {layers} entries out of {', '.join(kinds)}")
     return tuple(kinds[kind] for kind in types)
 
@@ -189,5 +206,5 @@ def _rope(raw: Mapping[str, Any]) -> RopeConfig:
         factor=_number(scaling, "factor", 1.0),
         low_freq_factor=_number(scaling, "low_freq_factor", 1.0),
         high_freq_factor=_number(scaling, "high_freq_factor", 4.0),
-        original_max_position=int(_number(scaling, "original_max_position_embeddings", 8192)),
+        original_max_position=_size(scaling, "original_max_position_embeddings", 8192),
     )

@@ -168,5 +168,9 @@ def rotary_table(rope: RopeConfig, head_size: int, max_len: int) -> Tensor:
         blend = (ratio - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
         blend = blend.clamp(0.0, 1.0)
         inverse = (1 - blend) * inverse / rope.factor + blend * inverse
-    angles = torch.arange(max_len).float()[:, None] * inverse[None, :]
-    return torch.cat([angles.cos(), angles.sin()], dim=1).contiguous()
+    table = torch.empty((max_len, head_size), dtype=torch.float32)
+    cos, sin = table.chunk(2, dim=1)
+    torch.mul(torch.arange(max_len, dtype=torch.float32)[:, None], inverse[None, :], out=cos)
+    torch.sin(cos, out=sin)
+    cos.cos_()
+    return table

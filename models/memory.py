@@ -46,8 +46,13 @@ def kv_block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> 
     return config.num_layers * 2 * config.num_kv_heads * block_size * config.head_size * dtype.itemsize
 
 
-def workspace_bytes(config: ModelConfig, num_tokens: int, max_len: int, dtype: torch.dtype) -> int:
-    """Most bytes of activations in a step of `num_tokens` tokens, of its logits, and of the rotary table."""
+def workspace_bytes(config: ModelConfig, num_tokens: int, dtype: torch.dtype) -> int:
+    """Most bytes of activations in a step of `num_tokens` tokens, and of its logits."""
     qkv = config.q_size + 2 * config.kv_size
     widest = max(qkv + config.q_size, 3 * config.intermediate_size) + 3 * config.hidden_size
-    return num_tokens * widest * dtype.itemsize + 4 * LOGITS_ROWS * config.vocab_size + 4 * max_len * config.head_size
+    return num_tokens * widest * dtype.itemsize + 4 * LOGITS_ROWS * config.vocab_size
+
+
+def state_bytes(config: ModelConfig, num_slots: int, max_len: int, block_size: int) -> int:
+    """Bytes of the rotary table, and of the tokens and block tables of all slots."""
+    return 4 * max_len * config.head_size + 4 * num_slots * (max_len + -(-max_len // block_size))

@@ -17,8 +17,8 @@ struct Args {
     const void* weight;    // packed
     const float* bias;     // [n] or null
     const void* residual;  // as out, or null; may be out itself
-    void* out;             // [m, n], row stride out_stride elements
-    int64_t m, n, k, x_stride, out_stride;
+    void* out;             // [m, n]
+    int64_t m, n, k, x_stride;
 };
 
 // Bias and residual added in float32 to the 16 sums of one row and panel, then the one rounding.
@@ -26,8 +26,8 @@ template <typename O>
 void finish(const Args& a, int64_t row, int64_t panel, f32x16 v) {
     const int64_t col = panel * LANES;
     const int width = (int)std::min<int64_t>(LANES, a.n - col);
-    O* out = (O*)a.out + row * a.out_stride + col;
-    const O* residual = a.residual ? (const O*)a.residual + row * a.out_stride + col : nullptr;
+    O* out = (O*)a.out + row * a.n + col;
+    const O* residual = a.residual ? (const O*)a.residual + row * a.n + col : nullptr;
     if (width == LANES) {
         if (a.bias) v = v + load(a.bias + col);
         if (residual) v = v + load(residual);
@@ -269,9 +269,8 @@ void unpack_rows(T* out, const T* packed, const int32_t* ids, int64_t count, int
 using namespace octavo;
 
 extern "C" void octavo_matmul(const void* x, const void* weight, const float* bias, const void* residual, void* out,
-                              int64_t m, int64_t n, int64_t k, int64_t x_stride, int64_t out_stride, int is_bf16,
-                              int out_is_bf16) {
-    const Args a{x, weight, bias, residual, out, m, n, k, x_stride, out_stride};
+                              int64_t m, int64_t n, int64_t k, int64_t x_stride, int is_bf16, int out_is_bf16) {
+    const Args a{x, weight, bias, residual, out, m, n, k, x_stride};
     if (!is_bf16) matmul<float, float>(a);
     else if (out_is_bf16) matmul<bf16, bf16>(a);
     else matmul<bf16, float>(a);

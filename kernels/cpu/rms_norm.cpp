@@ -20,12 +20,12 @@ void norm_row(T* out, const T* x, const float* weight, int64_t size, float eps) 
 }
 
 template <typename T>
-void norm(T* out, const T* x, const float* weight, int64_t outer, int64_t inner, int64_t outer_stride,
-          int64_t out_stride, int64_t size, float eps) {
+void norm(T* out, const T* x, const float* weight, int64_t outer, int64_t inner, int64_t stride,
+          int64_t size, float eps) {
     parallel_rows(outer * inner, size, [&](int64_t begin, int64_t end) {
         for (int64_t r = begin; r < end; r++) {
             const int64_t i = r / inner, j = r % inner;
-            norm_row(out + i * out_stride + j * size, x + i * outer_stride + j * size, weight, size, eps);
+            norm_row(out + i * stride + j * size, x + i * stride + j * size, weight, size, eps);
         }
     });
 }
@@ -35,10 +35,10 @@ void norm(T* out, const T* x, const float* weight, int64_t outer, int64_t inner,
 
 using namespace octavo;
 
-// x: `outer` rows `outer_stride` elements apart, each of `inner` vectors of `size` elements that are normed by
+// x and out: `outer` rows `stride` elements apart, each of `inner` vectors of `size` elements that are normed by
 // themselves; size is a multiple of 16. out may be x.
 extern "C" void octavo_rms_norm(void* out, const void* x, const float* weight, int64_t outer, int64_t inner,
-                                int64_t outer_stride, int64_t out_stride, int64_t size, float eps, int is_bf16) {
-    if (is_bf16) norm((bf16*)out, (const bf16*)x, weight, outer, inner, outer_stride, out_stride, size, eps);
-    else norm((float*)out, (const float*)x, weight, outer, inner, outer_stride, out_stride, size, eps);
+                                int64_t stride, int64_t size, float eps, int is_bf16) {
+    if (is_bf16) norm((bf16*)out, (const bf16*)x, weight, outer, inner, stride, size, eps);
+    else norm((float*)out, (const float*)x, weight, outer, inner, stride, size, eps);
 }

@@ -101,10 +101,10 @@ public:
             nan |= v != v;
             top = max(top, v);
         }
-        raw_max_ = max_lanes(top);
+        const float most = max_lanes(top);
         for (int i = 0; i < LANES; i++)
             if (nan[i]) return false;
-        return std::isfinite(raw_max_);
+        return std::isfinite(most);
     }
 
     // log(sum(exp(raw))): eight logical shards of the vocabulary, each relative to its own maximum, merged in a fixed tree.
@@ -321,7 +321,7 @@ private:
     const int32_t* tokens_;
     const Edit* edits_;
     const int32_t* allowed_;
-    float raw_max_ = 0.0f, max_ = 0.0f;
+    float max_ = 0.0f;
 };
 
 }  // namespace
@@ -331,13 +331,12 @@ using namespace octavo;
 
 // token_ids[r]: the token drawn (or the target); -1 where the logits are not finite.
 // logprobs[r], top_ids and top_logprobs [rows, max_top]: from the raw logits, where num_top >= 0.
-extern "C" void octavo_sample(const float* logits, int64_t num_rows, int64_t vocab, int64_t logits_stride,
-                              const void* rows, const int32_t* tokens, int64_t tokens_stride, const void* edits,
+extern "C" void octavo_sample(const float* logits, int64_t num_rows, int64_t vocab, const void* rows, const int32_t* tokens, int64_t tokens_stride, const void* edits,
                               const int32_t* allowed, int32_t* token_ids, float* logprobs, int32_t* top_ids,
                               float* top_logprobs, int64_t max_top) {
     parallel_for(num_rows, [&](int64_t r) {
         const Row& row = ((const Row*)rows)[r];
-        const float* x = logits + r * logits_stride;
+        const float* x = logits + r * vocab;
         Sampler sampler(x, vocab, row, tokens + row.slot * tokens_stride, (const Edit*)edits, allowed);
         if (!sampler.finite()) {
             token_ids[r] = -1;

@@ -57,7 +57,7 @@ class EngineClient:
         self.stats = EngineStats()
         self.on_step: Callable[[StepOutput], None] | None = None
         self.journal = Journal()
-        self._streams: dict[str, asyncio.Queue[Delta | EngineError]] = {}
+        self._streams: dict[str, asyncio.Queue[Delta | EngineError | None]] = {}  # None: look at the entry again
         self._process: subprocess.Popen[bytes] | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -116,7 +116,8 @@ class EngineClient:
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Delta, None]:
         """Deltas of a valid request until each of its choices has ended. Closing the generator early aborts them.
 
-        Raises EngineError if the engine is not running or ends meanwhile, ValueError where the request id is in use.
+        The request id must never have been used before: the engine may still answer for a request given up on. Raises
+        EngineError if the engine is not running or ends meanwhile, ValueError where the id is in use.
         """
         if self._state != "ok":
             raise EngineError(f"the engine is {self._state}")
@@ -124,14 +125,11 @@ class EngineClient:
         queue = self._streams[request.request_id] = asyncio.Queue()
         try:
             self._send(Add(request))
-            while entry.open_choices:
+            while entry.open_choices or not queue.empty():  # committed deltas may wait to be read
                 delta = await queue.get()
                 if isinstance(delta, EngineError):
                     raise delta
-                yield delta
-            while not queue.empty():  # the last delta may have been committed ahead of being read
-                delta = queue.get_nowait()
-                if not isinstance(delta, EngineError):
+                if delta is not None:
                     yield delta
         finally:
             if entry.open_choices:
@@ -151,6 +149,7 @@ class EngineClient:
         entry = self.journal.entries.get(request_id)
         if entry is not None and choice_index in entry.open_choices:
             entry.open_choices.discard(choice_index)
+            self._streams[request_id].put_nowait(None)
             self._send(Abort(request_id, choice_index))
 
     def _send(self, message: ToEngine) -> None:

@@ -14,7 +14,7 @@ from octavo.kernels.cpu.library import multiplies_bf16, set_num_threads, variant
 from octavo.models.config import ConfigError, ModelConfig, read_config
 from octavo.models.llama import Llama
 from octavo.models.loader import CheckpointError, load
-from octavo.models.memory import kv_block_bytes, num_parameters, weight_bytes, workspace_bytes
+from octavo.models.memory import kv_block_bytes, num_parameters, state_bytes, weight_bytes, workspace_bytes
 from octavo.server.config import MIB, EngineConfig
 from octavo.server.engine.channel import EngineInfo, EngineStats
 from octavo.server.engine.plan import StepPlan
@@ -45,7 +45,11 @@ def available_bytes() -> int:
     found = [int(line.split()[1]) * 1024 for line in _lines("/proc/meminfo") if line.startswith("MemAvailable")]
     limit, used = _lines("/sys/fs/cgroup/memory.max"), _lines("/sys/fs/cgroup/memory.current")
     if limit and used and limit[0].isdigit():
-        found.append(int(limit[0]) - int(used[0]))
+        # Pages of files count as used, but are given up when memory is wanted.
+        files = [
+            int(line.split()[1]) for line in _lines("/sys/fs/cgroup/memory.stat") if line.startswith("inactive_file")
+        ]
+        found.append(int(limit[0]) - int(used[0]) + sum(files))
     return min(found, default=1 << 62)
 
 
@@ -61,6 +65,10 @@ class Engine:
 
     def __init__(self, config: EngineConfig) -> None:
         begin = time.monotonic()
+        try:
+            kernels = variant() or "plain torch: slow and not exact (install g++, then make install)"
+        except ValueError as error:
+            raise StartupError(str(error)) from None
         self.num_threads = len(os.sched_getaffinity(0))
         set_num_threads(self.num_threads)
         torch.set_grad_enabled(False)
@@ -78,7 +86,8 @@ class Engine:
         num_blocks = plan_blocks(model_config, config, max_model_len, dtype)
         kv_bytes = num_blocks * kv_block_bytes(model_config, config.block_size, dtype)
         needed = weight_bytes(model_config, dtype) + kv_bytes + RUNTIME_BYTES
-        needed += workspace_bytes(model_config, config.max_num_batched_tokens, max_model_len, dtype)
+        needed += workspace_bytes(model_config, config.max_num_batched_tokens, dtype)
+        needed += state_bytes(model_config, config.max_num_seqs, max_model_len, config.block_size)
         if needed > available_bytes():
             raise StartupError(
                 f"too little memory: {needed / 1e9:.2f} GB needed, of which weights "
@@ -121,7 +130,7 @@ class Engine:
             num_blocks=num_blocks,
             block_size=config.block_size,
             kv_cache_bytes=kv_bytes,
-            kernels=variant() or "plain torch: slow and not exact (install g++, then make install)",
+            kernels=kernels,
             num_threads=self.num_threads,
             load_s=time.monotonic() - begin,
         )

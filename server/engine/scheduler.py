@@ -268,7 +268,7 @@ class Scheduler:
     def _admit(self, plan: StepPlan, choice: _Choice, budget: int, now_s: float) -> int:
         """Admits the head of the queue and returns how many tokens it computes in this step.
 
-        0: not now, because the blocks of its first chunk are not all free, or because it still leaves.
+        0: not now, because the blocks of its tokens are not all free, or because it still leaves.
         """
         if choice.leaving:
             return 0
@@ -278,7 +278,8 @@ class Scheduler:
         start = len(matched) * self._block_size
         num = min(len(choice.token_ids) - start, budget)
         num_free = self._pool.num_free - sum(map(self._pool.is_free, matched))
-        if self._num_blocks_for(start + num) - len(matched) > num_free:
+        # Room for all its tokens, not only the first chunk: else it might preempt itself in the next step, for ever.
+        if self._num_blocks_for(len(choice.token_ids)) - len(matched) > num_free:
             return 0
         for block in matched:
             self._pool.share(block)

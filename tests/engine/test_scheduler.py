@@ -442,6 +442,21 @@ def test_prompt_logprobs_of_one_token() -> None:
     assert step(scheduler)[1][0].prompt_logprobs == [None]
 
 
+def test_a_long_prompt_waits_rather_than_starting_again_and_again() -> None:
+    scheduler = make(max_num_batched_tokens=8, max_model_len=64)
+    scheduler.add(request("a", 30, max_tokens=20))
+    for _ in range(5):
+        step(scheduler)
+    scheduler.add(request("b", 40, prompt_logprobs=0, max_tokens=1))  # 10 blocks; a leaves 8 and will leave fewer
+    num_tokens = 0
+    while scheduler.stats()["num_waiting"]:
+        plan = plan_of(scheduler)
+        num_tokens += sum(plan.nums)
+        apply(scheduler, plan)
+    assert scheduler.stats()["num_preemptions"] == 0
+    assert num_tokens <= 20 + 8
+
+
 def test_prompt_logprobs_known_before_a_preemption_are_not_taken_twice() -> None:
     scheduler = make(num_blocks=4, max_model_len=16, max_num_batched_tokens=8)
     scheduler.add(request("a", 3, max_tokens=10))

@@ -1,10 +1,11 @@
 """config.json is data: what is not supported or not sane is refused by name."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from octavo.models.config import ConfigError, parse_config
+from octavo.models.config import ConfigError, parse_config, read_config
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -15,6 +16,13 @@ LLAMA: dict[str, Any] = {
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
     "rms_norm_eps": 1e-5,
+}
+
+
+QWEN_WINDOW: dict[str, Any] = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "use_sliding_window": True,
+    "sliding_window": 7,
 }
 
 
@@ -33,11 +41,33 @@ LLAMA: dict[str, Any] = {
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope type 'yarn'"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
         ({"architectures": ["MistralForCausalLM"], "sliding_window": 0}, "sliding_window is 0"),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": True}, "sliding_window is True"),
+        (
+            {"architectures": ["MistralForCausalLM"], "sliding_window": 1 << 70},
+            "sliding_window is 1180591620717411303424",
+        ),
+        ({"architectures": ["MistralForCausalLM"]}, "sliding_window is missing"),
+        ({"architectures": ["MistralForCausalLM"], "num_key_value_heads": None}, "num_key_value_heads is None"),
+        ({"architectures": [[]]}, r"architecture \[\]"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'"),
+        ({**QWEN_WINDOW, "max_window_layers": "x"}, "max_window_layers is 'x'"),
+        (QWEN_WINDOW, "max_window_layers is None"),
+        ({**QWEN_WINDOW, "layer_types": 5}, "layer_types: expected 3 entries"),
+        ({**QWEN_WINDOW, "layer_types": [[], [], []]}, "layer_types: expected 3 entries"),
+        ({"rope_scaling": {"rope_type": "llama3", "original_max_position_embeddings": 1e-5}}, "is 1e-05"),
     ],
 )
 def test_refused(change: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         parse_config({**LLAMA, **change})
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"[" * 200_000, b"\xff\xfe"])
+def test_malformed_files_are_one_line(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ConfigError, match="config.json") as caught:
+        read_config(tmp_path)
+    assert len(str(caught.value)) < 1000
 
 
 def test_old_and_new_names_of_rope() -> None:
