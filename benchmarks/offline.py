@@ -27,6 +27,7 @@ from octavo.server.config import MIB, EngineConfig
 from octavo.server.engine.engine import Engine
 from octavo.server.engine.request import Delta, GenerationRequest, SamplingParams
 from octavo.server.errors import OctavoError
+from octavo.server.pull import resolve_model
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 STREAM_BYTES = 1 << 30
@@ -249,7 +250,6 @@ def run(args: argparse.Namespace, make_engine: Callable[[EngineConfig], StepEngi
             max_num_batched_tokens=args.max_num_batched_tokens,
             kv_cache_memory_bytes=max(512 * MIB, num_kv_tokens * cost.kv_token_bytes),
             enable_prefix_caching=False,
-            exactness=args.exactness,
         )
     )
 
@@ -268,7 +268,7 @@ def run(args: argparse.Namespace, make_engine: Callable[[EngineConfig], StepEngi
     return {
         "model": Path(args.model).name,
         "dtype": args.dtype,
-        "exactness": args.exactness,
+        "exactness": EngineConfig().exactness,
         "input_len": args.input_len,
         "output_len": args.output_len,
         "cost": asdict(cost),
@@ -289,17 +289,17 @@ def _print_row(row: dict[str, Any]) -> None:
 def make_parser() -> argparse.ArgumentParser:
     """All flags of this benchmark."""
     parser = argparse.ArgumentParser(
-        prog="offline", description="Measure the engine in process beside the machine's ceiling. The last line is JSON."
+        prog="octavo bench offline",
+        description="Measure the engine in process beside the machine's ceiling. The last line is JSON.",
     )
     add = parser.add_argument
-    add("model", metavar="MODEL", help="a local Hugging Face folder")
+    add("model", metavar="MODEL", nargs="?", help="a Hugging Face folder or a pulled name (default: the default model)")
     add("--input-len", type=serving.count, default=256, help="prompt tokens (default: %(default)s)")
     add("--output-len", type=serving.count, default=128, help="tokens to generate (default: %(default)s)")
     add("--batch-size", type=serving.counts, default=[1, 8, 32], metavar="N,N", help="decode at each (default: 1,8,32)")
     add("--num-prompts", type=serving.count, default=8, help="prompts to prefill (default: %(default)s)")
     add("--dtype", choices=list(DTYPES), default="bfloat16", help="(default: %(default)s)")
     add("--max-num-batched-tokens", type=serving.count, default=EngineConfig().max_num_batched_tokens)
-    add("--exactness", choices=["batch", "fast"], default="batch", help="(default: %(default)s)")
     add("--save-result", type=Path, metavar="FILE", help="write the JSON to a file as well")
     return parser
 
@@ -308,7 +308,11 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the benchmark; 1 if it could not be run, 2 for wrong flags (by SystemExit)."""
     args = make_parser().parse_args(argv)
     try:
+        if args.save_result and not args.save_result.parent.is_dir():
+            raise BenchmarkError(f"{args.save_result.parent} is not a folder")
+        args.model = str(resolve_model(args.model))
         line = json.dumps(run(args, Engine))
+        print(line)
         if args.save_result:
             args.save_result.write_text(line + "\n")
     except (BenchmarkError, ConfigError, OctavoError, OSError) as error:
@@ -316,7 +320,6 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    print(line)
     return 0
 
 

@@ -453,7 +453,9 @@ async def find_model(client: httpx.AsyncClient) -> str:
         response = await client.get("/v1/models")
         return str(response.raise_for_status().json()["data"][0]["id"])
     except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
-        raise BenchmarkError(f"no model from {client.base_url}v1/models ({error}); give --model") from error
+        raise BenchmarkError(
+            f"no model from {str(client.base_url).rstrip('/')}/v1/models ({error}); give --model"
+        ) from error
 
 
 async def find_codec(client: httpx.AsyncClient, model: str, tokenizer: Path | None) -> Codec | None:
@@ -618,7 +620,8 @@ def check_lens(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
 def make_parser() -> argparse.ArgumentParser:
     """All flags of this benchmark."""
     parser = argparse.ArgumentParser(
-        prog="serving", description="Measure a running OpenAI-compatible server. The last line printed is JSON."
+        prog="octavo bench serve",
+        description="Measure a running OpenAI-compatible server. The last line printed is JSON.",
     )
     add = parser.add_argument
     add("--base-url", default="http://127.0.0.1:8000", help="(default: %(default)s)")
@@ -649,13 +652,17 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     check_lens(parser, args)
     try:
+        for path in filter(None, (args.plot, args.save_result)):  # better said before the run than after
+            if not path.parent.is_dir():
+                raise BenchmarkError(f"{path.parent} is not a folder")
         if args.plot:
-            import matplotlib  # noqa: F401  (missing is better said before the run than after)
+            import matplotlib  # noqa: F401
         results = asyncio.run(run(args))
         answered = [result for result in results if result["completed"]]
+        line = json.dumps(results[0] if len(results) == 1 else {"runs": results})
+        print(line)
         if args.plot and answered:
             plot(answered, args.plot)
-        line = json.dumps(results[0] if len(results) == 1 else {"runs": results})
         if args.save_result:
             args.save_result.write_text(line + "\n")
     except (BenchmarkError, ImportError, OSError) as error:
@@ -663,7 +670,6 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    print(line)
     return 1 if any(result["failed"] for result in results) else 0
 
 

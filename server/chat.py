@@ -5,6 +5,7 @@ and Ctrl-D or /quit leaves; from a pipe, each line is one turn.
 """
 
 import contextlib
+import io
 import json
 import sys
 from collections.abc import Iterator
@@ -37,6 +38,8 @@ def chat(
     `base_url` may end in /v1 or not; `model` None takes the first that the server lists. Raises StartupError when the
     server cannot be reached or lists no model.
     """
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # what is not UTF-8 is still said, as well as it can be
     with contextlib.suppress(ImportError):  # optional in CPython; with it `input` edits lines and keeps a history
         import readline  # noqa: F401
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
