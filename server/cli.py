@@ -25,7 +25,7 @@ BENCHMARKS = {"serve": "serving", "offline": "offline"}  # name on the command l
 
 # field -> (least, most) allowed value
 RANGES: dict[str, tuple[float, float]] = {
-    "max_model_len": (1, inf),
+    "max_model_len": (2, inf),
     "max_num_seqs": (1, inf),
     "max_num_batched_tokens": (1, inf),
     "kv_cache_memory_bytes": (1, inf),
@@ -33,7 +33,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**64 - 1),
     "max_num_queued_reqs": (0, inf),
     "max_num_queued_tokens": (1, inf),
-    "max_logprobs": (0, inf),
+    "max_logprobs": (0, 100),
     "shutdown_timeout": (0, 86400),
     "temperature": (0, 2),
     "max_tokens": (1, inf),

@@ -37,8 +37,8 @@ class EngineConfig:
     enable_prefix_caching: bool = flag(True, "share KV blocks between requests that begin alike")
     exactness: str = flag(
         "batch",
-        "batch: a request's bits do not depend on what runs beside it; fast: no promise",
-        choices=("batch", "fast"),
+        "batch: a request's bits do not depend on what runs beside it; the only mode so far",
+        choices=("batch",),
     )
 
     def to_json(self) -> str:

@@ -7,6 +7,7 @@ ours.
 import asyncio
 import logging
 import os
+import re
 import resource
 import signal
 import socket
@@ -34,16 +35,19 @@ logger = logging.getLogger("octavo")
 
 STATS_INTERVAL_S = 10.0
 HEADER_TIMEOUT_S = 30.0
+SEND_TIMEOUT_S = 60.0  # for a client to make room for more of its response
 MAX_HEADER_BYTES = 64 << 10
 KEEP_ALIVE_S = 75
+_UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 SPARE_FILES = 64  # descriptors left for everything that is not a client's connection
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP/1.1 with what it leaves open: bounds on the head's size and time, and on connections."""
+    """uvicorn's HTTP/1.1 with what it leaves open: bounds on heads, on clients that do not read, on connections."""
 
     max_connections = 1024  # set from the process's limit on open files
     _head_timer: asyncio.TimerHandle
+    _write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Accepts a connection, or closes it if there are too many."""
@@ -55,7 +59,20 @@ class HttpProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Forgets the connection."""
         self._head_timer.cancel()
+        if self._write_timer is not None:
+            self._write_timer.cancel()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """The client does not read as fast as it is sent to. One that stops reading would keep its room for ever."""
+        super().pause_writing()
+        self._write_timer = self.loop.call_later(SEND_TIMEOUT_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """The client has read again."""
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+        super().resume_writing()
 
     def on_message_begin(self) -> None:
         """A head begins."""
@@ -72,6 +89,10 @@ class HttpProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Takes bytes; a head over the limit ends the connection."""
         was_in_head = self._is_in_head
+        if was_in_head:
+            # There is nothing to upgrade to, and the parser would stop at the offer and lose the body.
+            head, end, rest = data.partition(b"\r\n\r\n")
+            data = _UPGRADE.sub(b"\r\nignored:", head) + end + rest
         super().data_received(data)
         if was_in_head and self._is_in_head:
             self._num_head_bytes += len(data)
@@ -81,7 +102,13 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _expect_head(self) -> None:
         self._is_in_head, self._num_head_bytes = True, 0
-        self._head_timer = self.loop.call_later(HEADER_TIMEOUT_S, self.transport.close)
+        self._head_timer = self.loop.call_later(HEADER_TIMEOUT_S, self._head_is_late)
+
+    def _head_is_late(self) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()
+        else:  # pipelined behind a request that is still answered, which must not be cut
+            self._head_timer = self.loop.call_later(HEADER_TIMEOUT_S, self._head_is_late)
 
 
 def run(config: ServerConfig) -> int:

@@ -25,6 +25,8 @@ DEFAULT_MAX_TOKENS = 16  # of completions; a chat may fill the context
 GREEDY_BELOW = 1e-2  # temperatures below this are 0: logits divided by less overflow
 RETRY_AFTER_S = 1
 
+TEMPLATE_FIELDS = tuple(Template.model_fields)
+
 Result = TypeVar("Result")
 
 
@@ -75,6 +77,11 @@ class Admission:
         self.num_choices = 0
         self.num_tokens = 0
 
+    def check_room(self) -> None:
+        """Raises RequestError (429) where not even one choice more would be taken."""
+        self.take(1, 0, 0)
+        self.give_back(1, 0)
+
     def permit(self) -> Permit:
         """Room for one choice, the least that any request needs. Raises RequestError (429)."""
         permit = Permit(self)
@@ -123,7 +130,7 @@ class Admission:
         """Ends the thread pool."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    async def completion(self, body: CompletionBody, permit: Permit, request_id: str, key_id: str) -> list[Prompt]:
+    async def completion(self, body: CompletionBody, permit: Permit, key_id: str) -> list[Prompt]:
         """The requests of a completion, one per prompt. Raises RequestError."""
         _check_stream(body)
         prompts = _split(body.prompt)
@@ -146,9 +153,9 @@ class Admission:
             prompt if isinstance(prompt, str) and len(request.prompt_token_ids) == len(ids) else None
             for request, prompt, ids in zip(requests, prompts, token_ids, strict=True)
         ]
-        return self._admit(body, requests, texts, permit, request_id, key_id)
+        return self._admit(body, requests, texts, permit, key_id)
 
-    async def chat(self, body: ChatBody, permit: Permit, request_id: str, key_id: str) -> list[Prompt]:
+    async def chat(self, body: ChatBody, permit: Permit, key_id: str) -> list[Prompt]:
         """The one request of a chat. Raises RequestError."""
         _check_stream(body)
         if body.top_logprobs and not body.logprobs:
@@ -167,16 +174,25 @@ class Admission:
         # A share of the budget each, so that a chat that names no limit is never refused for n.
         default = self._config.max_num_queued_tokens // body.n
         request = self._request(body, token_ids, max_tokens, default, logprobs, body.prompt_logprobs, bad_words)
-        return self._admit(body, [request], [None], permit, request_id, key_id)
+        return self._admit(body, [request], [None], permit, key_id)
 
     async def tokenize(self, body: TokenizeBody) -> list[int]:
         """Token ids of a prompt or a chat, the same that generation would use. Raises RequestError."""
         if (body.prompt is None) == (body.messages is None):
             raise RequestError("Exactly one of prompt and messages must be given.", param="prompt")
+        of_the_other = ("add_special_tokens",) if body.prompt is None else TEMPLATE_FIELDS
+        for field in of_the_other:
+            if field in body.model_fields_set:
+                form = "messages" if body.prompt is None else "a prompt"
+                raise RequestError(f"{field} has no meaning for {form}.", param=field)
         messages, prompt = body.messages, body.prompt
         if messages is not None:
             return await self._in_pool(lambda: self._encode_chat(body, messages))
         return await self._in_pool(lambda: self._encode(prompt or "", body.add_special_tokens is not False))
+
+    async def token_texts(self, token_ids: list[int]) -> list[str]:
+        """The text of each token by itself."""
+        return await self._in_pool(lambda: [self._tokenizer.token_text(token_id) for token_id in token_ids])
 
     async def detokenize(self, token_ids: list[int]) -> str:
         """Text of token ids, special tokens included. Raises RequestError."""
@@ -223,7 +239,10 @@ class Admission:
             for word in body.bad_words
             for text in (word, " " + word.lstrip())
         )
-        return tuple(dict.fromkeys(sequence for sequence in sequences if sequence))
+        # A tokenizer may know tokens that the model has no row for: they can never appear.
+        vocab_size = self._engine.info.vocab_size
+        possible = (sequence for sequence in sequences if sequence and max(sequence) < vocab_size)
+        return tuple(dict.fromkeys(possible))
 
     def _check_ids(self, field: str, token_ids: list[int]) -> None:
         vocab_size = self._engine.info.vocab_size
@@ -275,8 +294,9 @@ class Admission:
         if body.best_of not in (None, body.n):
             raise RequestError("best_of other than n is not supported yet.", param="best_of")
         for field, number in (("logprobs", logprobs), ("prompt_logprobs", prompt_logprobs)):
-            if number is not None and number > self._config.max_logprobs:
-                raise RequestError(f"{field} must be at most {self._config.max_logprobs}, got {number}.", param=field)
+            limit = min(self._config.max_logprobs, vocab_size)
+            if number is not None and number > limit:
+                raise RequestError(f"{field} must be at most {limit}, got {number}.", param=field)
         logit_bias = {int(token_id): bias for token_id, bias in body.logit_bias.items()}
         self._check_ids("logit_bias", list(logit_bias))
         self._check_ids("stop_token_ids", body.stop_token_ids)
@@ -309,7 +329,6 @@ class Admission:
         requests: list[GenerationRequest],
         texts: list[str | None],
         permit: Permit,
-        request_id: str,
         key_id: str,
     ) -> list[Prompt]:
         """Checks what all prompts ask for together, takes the token budget, gives names and cache scope."""
@@ -322,11 +341,10 @@ class Admission:
             )
         permit.take(0, sum(len(request.prompt_token_ids) for request in requests))
         scope = hashlib.sha256(f"{key_id}\0{body.cache_salt or ''}".encode()).hexdigest()
-        # A client's id has no colon, so no two requests of the engine share a name.
-        names = [request_id] if len(requests) == 1 else [f"{request_id}:{i}" for i in range(len(requests))]
+        # The engine's names are ours, never a client's: it may still hold a request whose client has left.
         return [
-            Prompt(replace(request, request_id=name, cache_salt=scope), text)
-            for request, name, text in zip(requests, names, texts, strict=True)
+            Prompt(replace(request, request_id=secrets.token_hex(8), cache_salt=scope), text)
+            for request, text in zip(requests, texts, strict=True)
         ]
 
     def _next_seed(self) -> int:

@@ -98,7 +98,6 @@ class Edge:
                 call.is_complete = True
             await send(message)
 
-        self._state.num_requests += 1
         try:
             with ExitStack() as request["stack"]:
                 if scope["path"] not in OPEN_PATHS:
@@ -115,7 +114,6 @@ class Edge:
             if not call.status:
                 await error_response(refusal)(scope, receive, edge_send)
         finally:
-            self._state.num_requests -= 1
             if call.watcher is not None:
                 call.watcher.cancel()
             route = scope.get("route")

@@ -27,7 +27,6 @@ class TextOptions:
     stop: tuple[str, ...] = ()
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
-    spaces_between_special_tokens: bool = True
     text_offsets: bool = False  # also tell where in the text each token begins
 
 
@@ -71,14 +70,12 @@ class Choice:
             include_stop_str_in_output=options.include_stop_str_in_output,
             min_tokens=prompt.request.params.min_tokens,
             skip_special_tokens=options.skip_special_tokens,
-            spaces_between_special_tokens=options.spaces_between_special_tokens,
         )
         # Stop strings hold text back, which must not move offsets: they are counted beside.
         self._counter = (
             Detokenizer(
                 tokenizer,
                 skip_special_tokens=options.skip_special_tokens,
-                spaces_between_special_tokens=options.spaces_between_special_tokens,
             )
             if options.text_offsets
             else None

@@ -1,6 +1,5 @@
 """The routes. Each takes what it needs from the edge (`request.state`) and from the server (`State`)."""
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -22,17 +21,17 @@ from octavo.server.errors import RequestError
 
 router = APIRouter()
 OPEN_PATHS = frozenset({"/livez", "/readyz", "/health"})  # answer without a key
-BODY_TIMEOUT_S = 30.0  # a body that trickles in holds a permit no longer than this
+BODY_TIMEOUT_S = 30.0  # for a body to come whole
 
 
 @router.post("/v1/completions")
 async def completions(request: Request) -> Response:
     """OpenAI's completions."""
     state = _state(request)
-    permit = request.state.stack.enter_context(_ready(state).admission.permit())
     body = await _body(request, state, CompletionBody)
+    permit = request.state.stack.enter_context(state.accept())
     request_id = _name(request, body, "cmpl-")
-    prompts = await state.admission.completion(body, permit, request_id, request.state.key_id)
+    prompts = await state.admission.completion(body, permit, request.state.key_id)
     generation = _start(request, state, body, prompts, text_offsets=body.logprobs is not None)
     head = _head(state, request_id)
     count_cached = state.config.enable_prompt_tokens_details
@@ -43,10 +42,10 @@ async def completions(request: Request) -> Response:
 async def chat_completions(request: Request) -> Response:
     """OpenAI's chat completions."""
     state = _state(request)
-    permit = request.state.stack.enter_context(_ready(state).admission.permit())
     body = await _body(request, state, ChatBody)
+    permit = request.state.stack.enter_context(state.accept())
     request_id = _name(request, body, "chatcmpl-")
-    prompts = await state.admission.chat(body, permit, request_id, request.state.key_id)
+    prompts = await state.admission.chat(body, permit, request.state.key_id)
     generation = _start(request, state, body, prompts, text_offsets=False)
     head = _head(state, request_id)
     count_cached = state.config.enable_prompt_tokens_details
@@ -56,7 +55,7 @@ async def chat_completions(request: Request) -> Response:
 @router.post("/v1/requests/{request_id}/cancel")
 async def cancel(request: Request, request_id: str) -> Response:
     """Ends a running request by the id of its response: its choices finish with reason "abort"."""
-    generation = _state(request).live.get(request_id)
+    generation = _state(request).live.get((request.state.key_id, request_id))
     if generation is None or not await generation.abort():
         raise RequestError("No running request has this id.", code="request_not_found", status=404)
     return _json({"id": request_id, "cancelled": True})
@@ -80,10 +79,10 @@ async def model(request: Request, model_id: str) -> Response:
 async def tokenize(request: Request) -> Response:
     """The token ids that generation would use for a prompt or a chat."""
     state = _state(request)
-    request.state.stack.enter_context(_ready(state).admission.permit())
     body = await _body(request, state, TokenizeBody)
+    request.state.stack.enter_context(state.accept())
     token_ids = await state.admission.tokenize(body)
-    texts = [state.tokenizer.token_text(i) for i in token_ids] if body.return_token_strs else None
+    texts = await state.admission.token_texts(token_ids) if body.return_token_strs else None
     max_model_len = state.engine.info.max_model_len
     return _json({"count": len(token_ids), "max_model_len": max_model_len, "tokens": token_ids, "token_strs": texts})
 
@@ -92,8 +91,8 @@ async def tokenize(request: Request) -> Response:
 async def detokenize(request: Request) -> Response:
     """The text of token ids."""
     state = _state(request)
-    request.state.stack.enter_context(_ready(state).admission.permit())
     body = await _body(request, state, DetokenizeBody)
+    request.state.stack.enter_context(state.accept())
     return _json({"prompt": await state.admission.detokenize(body.tokens)})
 
 
@@ -115,20 +114,20 @@ async def metrics(request: Request) -> Response:
     return Response(_state(request).metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-@router.get("/livez")
+@router.api_route("/livez", methods=["GET", "HEAD"])
 async def livez() -> Response:
     """The event loop turns."""
     return PlainTextResponse("ok")
 
 
-@router.get("/readyz")
+@router.api_route("/readyz", methods=["GET", "HEAD"])
 async def readyz(request: Request) -> Response:
     """Whether new requests are taken; else 503 and why not in a word."""
     status = _state(request).status
     return PlainTextResponse(status, 200 if status == "ok" else 503)
 
 
-@router.get("/health")
+@router.api_route("/health", methods=["GET", "HEAD"])
 async def health(request: Request) -> Response:
     """Whether the server should be left to live: a draining one should."""
     status = _state(request).status
@@ -172,19 +171,27 @@ def _check_model(state: State, name: str | None) -> None:
 
 
 async def _body(request: Request, state: State, body_type: type[Body]) -> Body:
-    """The request's body, read as far as the cap and parsed. Raises RequestError (400, 404, 408, 413, 415)."""
+    """The request's body, read as far as the cap and parsed. Raises RequestError (400, 404, 408, 413, 415, 429, 503).
+
+    A full server refuses before it reads; room is taken only for a body that has come (`State.accept`).
+    """
+    _ready(state).admission.check_room()
     # Other types are what a web page may send to any server without asking; a JSON body needs the server's consent.
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise RequestError("The content type must be application/json.", status=415)
     limit = state.admission.max_body_bytes
+    too_large = RequestError(f"The body has more than {limit} bytes.", code="body_too_large", status=413)
+    if int(request.headers.get("content-length", "0")) > limit:
+        raise too_large
     raw = bytearray()
     try:
-        async with asyncio.timeout(BODY_TIMEOUT_S):
+        async with state.reading(BODY_TIMEOUT_S):
             async for chunk in request.stream():
                 raw += chunk
                 if len(raw) > limit:
-                    raise RequestError(f"The body has more than {limit} bytes.", code="body_too_large", status=413)
+                    raise too_large
     except TimeoutError:
+        _ready(state)
         raise RequestError(f"The body did not come within {BODY_TIMEOUT_S:g} s.", status=408) from None
     body = parse(body_type, bytes(raw))
     _check_model(state, getattr(body, "model", None))
@@ -206,11 +213,10 @@ def _start(
         body.stop_strings,
         body.include_stop_str_in_output,
         body.skip_special_tokens,
-        body.spaces_between_special_tokens,
         text_offsets,
     )
     generation = Generation(state.engine, state.tokenizer, state.metrics, prompts, options, request.state.arrival_s)
-    request.state.stack.enter_context(state.register(request.state.request_id, generation))
+    request.state.stack.enter_context(state.register(request.state.key_id, request.state.request_id, generation))
     return generation
 
 

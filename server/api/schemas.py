@@ -34,7 +34,7 @@ TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_LIST_LEN,
 Off = Annotated[bool, _null(False)]
 On = Annotated[bool, _null(True)]
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
-TopLogprobs = Annotated[int, Field(ge=0, le=1000)]
+TopLogprobs = Annotated[int, Field(ge=0, le=100)]
 NotYet: TypeAlias = (
     None  # the type of a field that is known, changes the output and is not implemented: only null passes
 )
@@ -85,7 +85,7 @@ class Generation(Strict):
     min_p: Annotated[float, Field(ge=0, le=1), _null(0.0)] = 0.0
     presence_penalty: Annotated[float, Field(ge=-2, le=2), _null(0.0)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2), _null(0.0)] = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=10), _null(1.0)] = 1.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10), _null(1.0)] = 1.0
     seed: Annotated[int, Field(ge=-(2**63), le=2**64 - 1)] | None = None
     stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=256), _null([])] = []
@@ -100,7 +100,7 @@ class Generation(Strict):
     bad_words: Annotated[list[StopString], Field(max_length=256), _null([])] = []
     prompt_logprobs: TopLogprobs | None = None
     skip_special_tokens: On = True
-    spaces_between_special_tokens: On = True
+    spaces_between_special_tokens: bool | None = None  # without effect: decoders put no spaces there
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=MAX_INT)] | None = None
     truncation_side: Literal["left", "right"] | None = None
     stream: Off = False

@@ -2,14 +2,15 @@
 
 import asyncio
 import hashlib
+import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
 from octavo import __version__
-from octavo.server.api.admission import Admission
+from octavo.server.api.admission import Admission, Permit
 from octavo.server.api.engine import Engine
 from octavo.server.api.errors import unavailable
 from octavo.server.api.generation import Generation
@@ -17,6 +18,10 @@ from octavo.server.api.metrics import Metrics
 from octavo.server.config import ServerConfig
 from octavo.server.errors import RequestError
 from octavo.server.text.tokenizer import Tokenizer
+
+logger = logging.getLogger("octavo")
+
+MAX_BODIES = 256  # at the cap of each, what half-read bodies may hold in memory
 
 
 @dataclass(slots=True)
@@ -29,9 +34,10 @@ class State:
     admission: Admission
     metrics: Metrics
     draining: bool = False
-    live: dict[str, Generation] = field(default_factory=dict)  # id of the response -> what runs
+    live: dict[tuple[str, str], Generation] = field(default_factory=dict)  # (key id, id of the response) -> what runs
     created: int = field(default_factory=lambda: int(time.time()))
-    num_requests: int = 0  # HTTP requests between their head and the end of their response
+    num_requests: int = 0  # accepted ones, until the end of their response
+    _bodies: set[asyncio.Timeout] = field(default_factory=set)  # deadlines of bodies that are being read
     _cut: RequestError | None = None
 
     @property
@@ -51,25 +57,56 @@ class State:
         if self.status != "ok":
             raise unavailable(f"The server is not ready ({self.status}); try again later.")
 
+    @asynccontextmanager
+    async def reading(self, timeout_s: float) -> AsyncIterator[None]:
+        """Around the reading of a body. Raises TimeoutError when it takes too long, and when the server drains.
+
+        Raises RequestError (429) where too many bodies are on their way already.
+        """
+        if len(self._bodies) >= MAX_BODIES:
+            raise RequestError("Too many bodies are on their way; try again later.", status=429, retry_after_s=1)
+        async with asyncio.timeout(timeout_s) as deadline:
+            self._bodies.add(deadline)
+            try:
+                yield
+            finally:
+                self._bodies.discard(deadline)
+
     @contextmanager
-    def register(self, request_id: str, generation: Generation) -> Iterator[None]:
-        """Makes a running request known under its id. Raises RequestError if the id is taken."""
-        if request_id in self.live:
+    def accept(self) -> Iterator[Permit]:
+        """From a whole body to the end of the response: the server sees it through. Raises RequestError (429, 503)."""
+        self.check_ready()
+        with self.admission.permit() as permit:
+            self.num_requests += 1
+            try:
+                yield permit
+            finally:
+                self.num_requests -= 1
+
+    @contextmanager
+    def register(self, key_id: str, request_id: str, generation: Generation) -> Iterator[None]:
+        """Makes a running request known under its id. Raises RequestError if the key has it in use."""
+        name = key_id, request_id
+        if name in self.live:
             raise RequestError("request_id must be unique among running requests.", param="request_id")
         if self._cut is not None:
             raise self._cut
-        self.live[request_id] = generation
+        self.live[name] = generation
         try:
             yield
         finally:
-            del self.live[request_id]
+            del self.live[name]
 
     async def drain(self, timeout_s: float) -> bool:
         """Takes no new requests, waits for those that run, ends the rest with an error. True: nothing was cut."""
         self.draining = True
+        for deadline in self._bodies:
+            with suppress(RuntimeError):  # it expires anyhow
+                deadline.reschedule(0.0)
         if await self._idle_within(timeout_s):
             return True
         self._cut = unavailable("The server is shutting down; the request was cut.")
+        logger.warning("cutting %d requests that still run", self.num_requests)
         for generation in list(self.live.values()):
             generation.cut(self._cut)
         await self._idle_within(2.0)

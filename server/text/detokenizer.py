@@ -20,7 +20,6 @@ class Detokenizer:
         stop: strings that end the text; none of them empty.
         include_stop_str_in_output: the stop string is part of the text.
         min_tokens: stop strings completed before this many tokens are out do not count.
-        spaces_between_special_tokens: as in `Tokenizer.decode`.
 
     Attributes:
         stop_hit: the stop string that ended the text, None so far.
@@ -35,7 +34,6 @@ class Detokenizer:
         include_stop_str_in_output: bool = False,
         min_tokens: int = 0,
         skip_special_tokens: bool = True,
-        spaces_between_special_tokens: bool = True,
     ) -> None:
         skipped = tokenizer.special_token_ids if skip_special_tokens else frozenset()
         self._decoder = _ByteDecoder(tokenizer, skipped) if tokenizer.byte_level else _WindowDecoder(tokenizer, skipped)

@@ -102,13 +102,8 @@ class Tokenizer:
             return self.encode(text, add_special_tokens=False)
         return self._guard.encode(text)
 
-    def decode(
-        self, token_ids: list[int], *, skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True
-    ) -> str:
-        """Text of `token_ids`; ids without a token give nothing.
-
-        `spaces_between_special_tokens` makes no difference: decoders of `tokenizers` put no spaces there.
-        """
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of `token_ids`; ids without a token give nothing."""
         return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
     def token_text(self, token_id: int) -> str:

@@ -148,6 +148,21 @@ async def test_a_body_over_the_cap_is_read_no_further(tmp_path: Path) -> None:
         assert num_sent <= server.state.admission.max_body_bytes + (1 << 17)
 
 
+async def test_a_body_that_says_it_is_over_the_cap_is_not_read(tmp_path: Path) -> None:
+    async with serving(tmp_path) as server:
+        limit = server.state.admission.max_body_bytes
+
+        async def chunks() -> AsyncIterator[bytes]:
+            yield pytest.fail("the body was read")
+
+        headers = {**JSON, "content-length": str(limit + 1)}
+        response = await server.http.post("/v1/completions", content=chunks(), headers=headers)
+        assert (response.status_code, error_of(response)["code"]) == (413, "body_too_large")
+        body = b'{"prompt": "a"}'
+        response = await server.http.post("/v1/completions", content=body.ljust(limit), headers=JSON)
+        assert response.status_code == 200
+
+
 async def test_a_body_that_does_not_come_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(routes, "BODY_TIMEOUT_S", 0.05)
     async with serving(tmp_path) as server:
@@ -229,6 +244,24 @@ async def test_cancel(tmp_path: Path) -> None:
         assert (await server.http.post("/v1/requests/mine/cancel")).status_code == 404
 
 
+async def test_request_ids_belong_to_a_key(tmp_path: Path) -> None:
+    async with serving(tmp_path, "abcdef", api_key=("one", "two")) as server:
+        server.engine.go.clear()
+        one, two = ({"authorization": f"Bearer {key}"} for key in ("one", "two"))
+        body = {"prompt": "a", "request_id": "mine"}
+        first = asyncio.create_task(server.http.post("/v1/completions", json=body, headers=one))
+        await eventually(lambda: server.engine.num_running == 1)
+        assert (await server.http.post("/v1/requests/mine/cancel", headers=two)).status_code == 404
+        second = asyncio.create_task(server.http.post("/v1/completions", json=body, headers=two))
+        await eventually(lambda: server.engine.num_running == 2)
+        assert (await server.http.post("/v1/requests/mine/cancel", headers=two)).status_code == 200
+        assert (await second).json()["choices"][0]["finish_reason"] == "abort"
+        assert server.engine.num_running == 1
+        server.engine.go.set()
+        response = (await first).json()
+        assert (response["id"], response["choices"][0]["finish_reason"]) == ("mine", "stop")
+
+
 async def test_our_own_failures_tell_nothing_but_the_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with serving(tmp_path) as server:
 
@@ -308,6 +341,21 @@ async def test_tokenize_agrees_with_generation(tmp_path: Path) -> None:
         assert (await server.post("/detokenize", {"tokens": [100_000]})).status_code == 400
         assert (await server.http.get("/tokenizer_info")).json()["vocab_size"] == 258
         assert set((await server.http.get("/version")).json()) == {"version"}
+
+
+async def test_fields_that_tokenize_would_ignore_are_refused(tmp_path: Path) -> None:
+    async with serving(tmp_path) as server:
+        messages = [{"role": "user", "content": "a"}]
+        for body, field in (
+            ({"messages": messages, "add_special_tokens": True}, "add_special_tokens"),
+            ({"prompt": "a", "chat_template_kwargs": {}}, "chat_template_kwargs"),
+            ({"prompt": "a", "add_generation_prompt": True}, "add_generation_prompt"),
+        ):
+            response = await server.post("/tokenize", body)
+            assert (response.status_code, error_of(response)["param"]) == (400, field)
+            assert field in error_of(response)["message"]
+        await server.ok("/tokenize", prompt="a", add_special_tokens=False)
+        await server.ok("/tokenize", messages=messages, add_generation_prompt=False)
 
 
 async def test_answers_are_json_without_nan(tmp_path: Path) -> None:

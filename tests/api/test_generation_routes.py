@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,8 @@ async def test_parameters_reach_the_engine(tmp_path: Path) -> None:
             prompt_logprobs=1,
             eos_token_ids=(EOS,),
         )
-        assert (request.request_id, request.n, request.prompt_token_ids) == ("mine", 2, encode("Hi"))
+        assert (request.n, request.prompt_token_ids) == (2, encode("Hi"))
+        assert request.request_id != "mine"  # the engine may still hold an earlier request of that name
 
 
 async def test_defaults(tmp_path: Path) -> None:
@@ -58,8 +60,25 @@ async def test_defaults(tmp_path: Path) -> None:
         params = completion.params
         assert (params.max_tokens, params.top_k, params.temperature, params.eos_token_ids) == (16, 0, 0.0, ())
         assert chat.params.max_tokens == MAX_MODEL_LEN - len(chat.prompt_token_ids)
-        assert completion.request_id.startswith("cmpl-")
-        assert chat.request_id.startswith("chatcmpl-")
+        assert completion.request_id != chat.request_id
+
+
+async def test_a_model_may_know_fewer_tokens_than_its_tokenizer(tmp_path: Path) -> None:
+    async with serving(tmp_path) as server:
+        word, after_space = server.tokenizer.encode("ab"), server.tokenizer.encode(" ab")
+        server.engine.info = replace(server.engine.info, vocab_size=max(after_space))
+        assert max(word) < max(after_space)
+        await server.ok("/v1/completions", prompt=[1], bad_words=["ab"])
+        assert server.engine.requests[0].params.bad_words == (tuple(word),)
+
+
+async def test_logprobs_of_more_tokens_than_there_are(tmp_path: Path) -> None:
+    async with serving(tmp_path) as server:
+        server.engine.info = replace(server.engine.info, vocab_size=3)
+        for field in ("logprobs", "prompt_logprobs"):
+            response = await server.post("/v1/completions", {"prompt": [1], field: 4})
+            assert (response.status_code, response.json()["error"]["param"]) == (400, field)
+            await server.ok("/v1/completions", **{"prompt": [1], field: 3})
 
 
 async def test_max_completion_tokens_wins(tmp_path: Path) -> None:
@@ -157,7 +176,7 @@ async def test_stop_strings_end_the_choice_and_its_bill(tmp_path: Path) -> None:
             assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == ("Hello ", "stop", "stop")
             assert len(choice["token_ids"]) == len("Hello stop")
         assert answer["usage"]["completion_tokens"] == 2 * len("Hello stop")
-        request_id = answer["id"]
+        request_id = server.engine.requests[0].request_id
         assert server.engine.aborted_choices == [(request_id, 0), (request_id, 1)]
 
 

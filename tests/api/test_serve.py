@@ -16,6 +16,7 @@ import pytest
 from api_fakes import FakeEngine, eventually, make_tokenizer, saying
 
 from octavo.server import serve
+from octavo.server.api import state
 from octavo.server.config import ServerConfig
 from octavo.server.errors import StartupError
 
@@ -55,6 +56,15 @@ class Running:
             f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(raw)}\r\n\r\n"
         )
         connection.writer.write(head.encode() + raw)
+        return connection
+
+    async def half_send(self) -> "Connection":
+        """Sends a head and one byte of a body, and waits until the server waits for the rest."""
+        connection = Connection(*await asyncio.open_connection("127.0.0.1", self.port))
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        connection.writer.write(head + b"expect: 100-continue\r\ncontent-length: 100\r\n\r\n{")
+        async with asyncio.timeout(10):
+            assert b"100 Continue" in await connection.reader.readuntil(b"\r\n\r\n")
         return connection
 
     async def until_counted(self, line: str) -> None:
@@ -189,6 +199,49 @@ async def test_a_client_may_leave_before_its_body_is_complete(
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
+async def test_bodies_on_their_way_take_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running(tmp_path, monkeypatch, max_num_seqs=1, max_num_queued_reqs=0) as server:
+        connections = [await server.half_send() for _ in range(3)]
+        assert (await server.http.post("/v1/completions", json={"prompt": "a"})).status_code == 200
+        monkeypatch.setattr(state, "MAX_BODIES", 3)
+        response = await server.http.post("/v1/completions", json={"prompt": "a"})
+        assert (response.status_code, "retry-after" in response.headers) == (429, True)
+        for connection in connections:
+            await connection.close()
+        async with asyncio.timeout(10):
+            while (await server.http.post("/v1/completions", json={"prompt": "a"})).status_code != 200:
+                pass
+
+
+async def test_draining_waits_for_no_body(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running(tmp_path, monkeypatch, shutdown_timeout=60) as server:
+        connection = await server.half_send()
+        os.kill(os.getpid(), signal.SIGTERM)
+        async with asyncio.timeout(10):
+            assert await server.exit_status == 0
+        assert (await connection.rest()).startswith(b"HTTP/1.1 503")
+
+
+@pytest.mark.parametrize("apart", [False, True])
+async def test_an_offer_to_upgrade_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, apart: bool) -> None:
+    async with running(tmp_path, monkeypatch) as server:
+        connection = Connection(*await asyncio.open_connection("127.0.0.1", server.port))
+        head = (
+            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n"
+            b"HTTP2-Settings: AAMAAABkAAQAAP__\r\ncontent-type: application/json\r\ncontent-length: 15\r\n"
+        )
+        async with asyncio.timeout(10):
+            if apart:
+                connection.writer.write(head + b"expect: 100-continue\r\n\r\n")
+                assert b"100 Continue" in await connection.reader.readuntil(b"\r\n\r\n")
+                connection.writer.write(b'{"prompt": "a"}')
+            else:
+                connection.writer.write(head + b'\r\n{"prompt": "a"}')
+            assert b"200 OK" in await connection.reader.readuntil(b"\r\n\r\n")
+            assert b'"text":"abcdef0"' in await connection.reader.readuntil(b'"usage"')
+        await connection.close()
+
+
 async def test_streams_arrive_as_tokens_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with running(tmp_path, monkeypatch) as server:
         server.engine.go.clear()
@@ -211,6 +264,15 @@ async def test_keep_alive_and_pipelining(tmp_path: Path, monkeypatch: pytest.Mon
             async with asyncio.timeout(10):
                 assert b"200 OK" in await connection.reader.readuntil(b"\r\n\r\nok")
         await connection.close()
+
+
+@pytest.mark.parametrize("path", ["/livez", "/readyz", "/health"])
+async def test_probes_may_ask_for_the_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    async with running(tmp_path, monkeypatch, api_key=("secret",)) as server:
+        connection = Connection(*await asyncio.open_connection("127.0.0.1", server.port))
+        connection.writer.write(f"HEAD {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n".encode())
+        answer = await connection.rest()
+        assert answer.startswith(b"HTTP/1.1 200") and answer.endswith(b"\r\n\r\n")
 
 
 async def test_draining_lets_running_requests_finish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,6 +353,41 @@ async def test_heads_are_bounded_in_time(tmp_path: Path, monkeypatch: pytest.Mon
             connection = Connection(*await asyncio.open_connection("127.0.0.1", server.port))
             connection.writer.write(sent)
             await connection.rest()
+
+
+async def test_a_late_head_does_not_cut_the_stream_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "HEADER_TIMEOUT_S", 0.1)
+    async with running(tmp_path, monkeypatch) as server:
+        server.engine.go.clear()
+        server.engine.free_tokens = 1
+        connection = await server.send({"prompt": "a", "stream": True})
+        async with asyncio.timeout(10):
+            await connection.reader.readuntil(b"}\n\n")
+        connection.writer.write(b"GET /livez HTTP/1.1\r\n")
+        await asyncio.sleep(0.5)
+        server.engine.go.set()
+        # Once the stream is over the head is late, and the connection ends.
+        assert (await connection.rest()).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+
+
+async def test_a_client_that_does_not_read_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "SEND_TIMEOUT_S", 0.1)
+    lost = asyncio.Event()
+    forget = serve.HttpProtocol.connection_lost
+
+    def connection_lost(self: serve.HttpProtocol, exc: Exception | None) -> None:
+        forget(self, exc)
+        lost.set()
+
+    monkeypatch.setattr(serve.HttpProtocol, "connection_lost", connection_lost)
+    async with running(tmp_path, monkeypatch) as server:
+        connection = Connection(*await asyncio.open_connection("127.0.0.1", server.port, limit=1))
+        body = b'{"prompt": "' + b"a" * 2000 + b'", "return_token_strs": true}'
+        head = b"POST /tokenize HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+        connection.writer.write((head % len(body) + body) * 1000)  # answers of 30 MB, more than sockets hold
+        async with asyncio.timeout(30):
+            await lost.wait()
+        connection.writer.transport.abort()
 
 
 async def test_connections_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
