@@ -117,10 +117,7 @@ void one_tile_row(const Args& a, int64_t row, int rows, int64_t panel) {
     const bf16* x = (const bf16*)a.x + row * a.x_stride;
     const int64_t panel_size = a.k * LANES;
     const bf16* w = (const bf16*)a.weight + panel * panel_size;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    zero_sums();
     for (int64_t k = 0; k < a.k; k += TILE_K) {
         const bf16* wk = w + k * LANES;
         _tile_loadd(4, x + k, a.x_stride * sizeof(bf16));
@@ -140,10 +137,7 @@ void one_tile_row(const Args& a, int64_t row, int rows, int64_t panel) {
         }
     }
     alignas(64) float sums[4][TILE_ROWS * LANES];
-    _tile_stored(0, sums[0], 64);
-    _tile_stored(1, sums[1], 64);
-    _tile_stored(2, sums[2], 64);
-    _tile_stored(3, sums[3], 64);
+    store_sums(sums[0], TILE_ROWS * LANES, LANES);
     for (int j = 0; j < NP; j++) finish_tile<O>(a, sums[j], row, rows, panel + j);
 }
 
@@ -153,10 +147,7 @@ void two_tile_rows(const Args& a, int64_t row, int rows, int64_t panel) {
     const bf16* x = (const bf16*)a.x + row * a.x_stride;
     const int64_t panel_size = a.k * LANES;
     const bf16* w = (const bf16*)a.weight + panel * panel_size;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    zero_sums();
     for (int64_t k = 0; k < a.k; k += TILE_K) {
         _tile_loadd(4, x + k, a.x_stride * sizeof(bf16));
         _tile_loadd(5, x + TILE_ROWS * a.x_stride + k, a.x_stride * sizeof(bf16));
@@ -170,10 +161,7 @@ void two_tile_rows(const Args& a, int64_t row, int rows, int64_t panel) {
         }
     }
     alignas(64) float sums[4][TILE_ROWS * LANES];
-    _tile_stored(0, sums[0], 64);
-    _tile_stored(1, sums[1], 64);
-    _tile_stored(2, sums[2], 64);
-    _tile_stored(3, sums[3], 64);
+    store_sums(sums[0], TILE_ROWS * LANES, LANES);
     for (int j = 0; j < NP; j++) {
         finish_tile<O>(a, sums[j], row, TILE_ROWS, panel + j);
         finish_tile<O>(a, sums[2 + j], row + TILE_ROWS, rows - TILE_ROWS, panel + j);

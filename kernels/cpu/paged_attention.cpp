@@ -137,10 +137,7 @@ struct Attention {
     }
 
     void score_by_tiles(Tile& t) const {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
+        zero_sums();
         const int64_t stride = block_size * S * sizeof(T);
         for (int64_t d = 0; d < head_size; d += 32) {
             _tile_loadd(4, t.q[0] + d, sizeof t.q[0]);
@@ -157,10 +154,7 @@ struct Attention {
                 _tile_dpbf16ps(3, 4, 5);
             }
         }
-        _tile_stored(0, t.scores[0], sizeof t.scores[0]);
-        _tile_stored(1, t.scores[0] + LANES, sizeof t.scores[0]);
-        _tile_stored(2, t.scores[0] + 2 * LANES, sizeof t.scores[0]);
-        _tile_stored(3, t.scores[0] + 3 * LANES, sizeof t.scores[0]);
+        store_sums(t.scores[0], LANES, TILE);
     }
 
     void weigh_by_tiles(Tile& t, int rows) const {
@@ -168,10 +162,7 @@ struct Attention {
         const int64_t stride = head_size * S * sizeof(T);
         for (int64_t d = 0; d < head_size; d += 4 * LANES) {
             const bool four = d + 4 * LANES <= head_size;  // else two vectors are left
-            _tile_zero(0);
-            _tile_zero(1);
-            _tile_zero(2);
-            _tile_zero(3);
+            zero_sums();
             for (int g = 0; g * LANES < t.num_keys; g++) {
                 const T* v = t.v[g] + d * S;
                 _tile_loadd(6, t.weights[0] + g * LANES, sizeof t.weights[0]);
@@ -186,10 +177,7 @@ struct Attention {
                     _tile_dpbf16ps(3, 6, 7);
                 }
             }
-            _tile_stored(0, products[0], sizeof products[0]);
-            _tile_stored(1, products[0] + LANES, sizeof products[0]);
-            _tile_stored(2, products[0] + 2 * LANES, sizeof products[0]);
-            _tile_stored(3, products[0] + 3 * LANES, sizeof products[0]);
+            store_sums(products[0], LANES, 4 * LANES);
             for (int r = 0; r < rows; r++)
                 for (int i = 0; i < (four ? 4 : 2); i++) {
                     float* sums = t.sums[r] + d + i * LANES;

@@ -148,6 +148,21 @@ struct alignas(64) TileConfig {
         row_bytes[tile] = (uint16_t)num_bytes;
     }
 };
+
+// Tiles 0 to 3, which hold the sums in every op.
+inline void zero_sums() {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
+// Tile i to out + i * step, its rows `row_size` floats apart.
+inline void store_sums(float* out, int64_t step, int64_t row_size) {
+    _tile_stored(0, out, row_size * sizeof(float));
+    _tile_stored(1, out + step, row_size * sizeof(float));
+    _tile_stored(2, out + 2 * step, row_size * sizeof(float));
+    _tile_stored(3, out + 3 * step, row_size * sizeof(float));
+}
 #endif
 
 // exp and log after Cephes (S. Moshier, expf and logf): reduced to |r| <= ln(2)/2, degree 5 and 8, error under 2 ulp.
