@@ -18,6 +18,7 @@ from octavo.server.api.schemas import Body, ChatBody, CompletionBody, Detokenize
 from octavo.server.api.sse import DONE, EventStream, encode_json, event
 from octavo.server.api.state import State
 from octavo.server.errors import RequestError
+from octavo.server.text.tokenizer import Tokenizer
 
 router = APIRouter()
 OPEN_PATHS = frozenset({"/livez", "/readyz", "/health"})  # answer without a key
@@ -33,9 +34,7 @@ async def completions(request: Request) -> Response:
     request_id = _name(request, body, "cmpl-")
     prompts = await state.admission.completion(body, permit, request.state.key_id)
     generation = _start(request, state, body, prompts, text_offsets=body.logprobs is not None)
-    head = _head(state, request_id)
-    count_cached = state.config.enable_prompt_tokens_details
-    return await _answer(body, generation, CompletionFormat(body, generation, state.tokenizer, head, count_cached))
+    return await _answer(body, generation, CompletionFormat(body, generation, *_setting(state, request_id)))
 
 
 @router.post("/v1/chat/completions")
@@ -47,9 +46,7 @@ async def chat_completions(request: Request) -> Response:
     request_id = _name(request, body, "chatcmpl-")
     prompts = await state.admission.chat(body, permit, request.state.key_id)
     generation = _start(request, state, body, prompts, text_offsets=False)
-    head = _head(state, request_id)
-    count_cached = state.config.enable_prompt_tokens_details
-    return await _answer(body, generation, ChatFormat(body, generation, state.tokenizer, head, count_cached))
+    return await _answer(body, generation, ChatFormat(body, generation, *_setting(state, request_id)))
 
 
 @router.post("/v1/requests/{request_id}/cancel")
@@ -220,14 +217,16 @@ def _start(
     return generation
 
 
-def _head(state: State, request_id: str) -> dict[str, Any]:
-    return {
+def _setting(state: State, request_id: str) -> tuple[Tokenizer, dict[str, Any], bool]:
+    """What a response's format needs of the server: the tokenizer, the head, whether to count cached tokens."""
+    head = {
         "id": request_id,
         "object": "",
         "created": int(time.time()),
         "model": state.config.model_name,
         "system_fingerprint": state.fingerprint,
     }
+    return state.tokenizer, head, state.config.enable_prompt_tokens_details
 
 
 async def _answer(body: CompletionBody | ChatBody, generation: Generation, format: Format) -> Response:
