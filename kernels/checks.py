@@ -31,3 +31,11 @@ def check(
         raise ValueError(f"{name}: device is {tensor.device}, expected cpu")
     if not (tensor.is_contiguous() if contiguous else tensor.stride(-1) == 1 or tensor.shape[-1] <= 1):
         raise ValueError(f"{name}: strides are {tensor.stride()}, expected {'all' if contiguous else 'the last'} dense")
+
+
+def output(out: torch.Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """`out`, checked, or a new tensor where it is None."""
+    if out is None:
+        return torch.empty(shape, dtype=dtype)
+    check(out, "out", shape, dtype)
+    return out

@@ -1,26 +1,33 @@
 """Embedding lookup in a packed weight, so that tied embeddings need no second copy."""
 
+import ctypes
+
 import torch
 from torch import Tensor
 
-from octavo.kernels.checks import check
-from octavo.kernels.cpu.library import address, i64, library
+from octavo.kernels.checks import check, output
+from octavo.kernels.cpu.library import Args, address, launch, library
 from octavo.kernels.matmul import PackedWeight
 
 
-def embedding(token_ids: Tensor, weight: PackedWeight) -> Tensor:
-    """Rows of the weight. token_ids: [tokens] int32, each in [0, weight.n) (not checked); returns [tokens, k]."""
+class _Args(Args):
+    _fields_ = [
+        ("count", ctypes.c_int64),
+        ("out", ctypes.c_void_p),
+        ("packed", ctypes.c_void_p),
+        ("ids", ctypes.c_void_p),
+        ("k", ctypes.c_int64),
+        ("is_bf16", ctypes.c_int64),
+    ]
+
+
+def embedding(token_ids: Tensor, weight: PackedWeight, out: Tensor | None = None) -> Tensor:
+    """Rows of the weight. token_ids: [tokens] int32, each in [0, weight.n), not checked. Returns [tokens, k]."""
     check(token_ids, "token_ids", (None,), torch.int32)
-    lib = library()
-    if lib is None:
-        return weight.data.view(-1, weight.k)[token_ids]
-    out = torch.empty((token_ids.shape[0], weight.k), dtype=weight.dtype)
-    lib.octavo_embedding(
-        address(out),
-        address(weight.data),
-        address(token_ids),
-        i64(token_ids.shape[0]),
-        i64(weight.k),
-        weight.dtype == torch.bfloat16,
-    )
+    count = token_ids.shape[0]
+    out = output(out, (count, weight.k), weight.dtype)
+    if library() is None:
+        return out.copy_(weight.data.view(-1, weight.k)[token_ids])
+    is_bf16 = weight.dtype == torch.bfloat16
+    launch("octavo_embedding", _Args(count, address(out), address(weight.data), address(token_ids), weight.k, is_bf16))
     return out

@@ -1,13 +1,14 @@
 """Linear layers in one canonical order: a row's bits do not depend on how many rows share the call."""
 
+import ctypes
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from octavo.kernels import reference
-from octavo.kernels.checks import COMPUTE_DTYPES, check
-from octavo.kernels.cpu.library import address, i64, library
+from octavo.kernels.checks import COMPUTE_DTYPES, check, output
+from octavo.kernels.cpu.library import Args, address, launch, library
 
 PANEL = 16  # output columns that are stored together
 
@@ -40,7 +41,12 @@ class PackedWeight:
             self.data.view(-1, self.k)[begin : begin + rows] = weight
         else:
             lib.octavo_pack_weight(
-                address(self.data), address(weight), i64(begin), i64(rows), i64(self.k), self.dtype == torch.bfloat16
+                ctypes.c_void_p(address(self.data)),
+                ctypes.c_void_p(address(weight)),
+                ctypes.c_int64(begin),
+                ctypes.c_int64(rows),
+                ctypes.c_int64(self.k),
+                self.dtype == torch.bfloat16,
             )
 
 
@@ -59,17 +65,35 @@ def empty_packed(n: int, k: int, dtype: torch.dtype) -> PackedWeight:
     return PackedWeight(torch.zeros(packed_bytes(n, k, dtype) // dtype.itemsize, dtype=dtype), n, k)
 
 
+class _Args(Args):
+    _fields_ = [
+        ("m", ctypes.c_int64),
+        ("x", ctypes.c_void_p),
+        ("weight", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("residual", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("n", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+        ("x_stride", ctypes.c_int64),
+        ("is_bf16", ctypes.c_int64),
+        ("out_is_bf16", ctypes.c_int64),
+    ]
+
+
 def matmul(
     x: Tensor,
     weight: PackedWeight,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """x @ weight.T + bias + residual, summed in float32 over k from 0 upwards, rounded once.
 
     x: [m, k], rows may be strided, dtype of the weight; bias: [n] float32; residual: [m, n], dtype of the result.
-    Returns [m, n] in `out_dtype` (default x's; float32 is the other choice). Raises ValueError on a wrong argument.
+    Returns [m, n] in `out_dtype` (default x's; float32 is the other choice), in `out` if given, which may be the
+    residual. Raises ValueError on a wrong argument.
     """
     out_dtype = out_dtype or x.dtype
     check(x, "x", (None, weight.k), weight.dtype, contiguous=False)
@@ -78,21 +102,21 @@ def matmul(
         check(bias, "bias", (weight.n,), torch.float32)
     if residual is not None:
         check(residual, "residual", (m, weight.n), out_dtype)
-    lib = library()
-    if lib is None:
-        return reference.matmul(x, weight.data.view(-1, weight.k), bias, residual, out_dtype)
-    out = torch.empty((m, weight.n), dtype=out_dtype)
-    lib.octavo_matmul(
+    out = output(out, (m, weight.n), out_dtype)
+    if library() is None:
+        return out.copy_(reference.matmul(x, weight.data.view(-1, weight.k), bias, residual, out_dtype))
+    args = _Args(
+        m,
         address(x),
         address(weight.data),
         address(bias),
         address(residual),
         address(out),
-        i64(m),
-        i64(weight.n),
-        i64(weight.k),
-        i64(x.stride(0)),
+        weight.n,
+        weight.k,
+        x.stride(0),
         weight.dtype == torch.bfloat16,
         out_dtype == torch.bfloat16,
     )
+    launch("octavo_matmul", args)
     return out

@@ -1,22 +1,39 @@
 """Root mean square norm over the last dimension."""
 
+import ctypes
+
 import torch
 from torch import Tensor
 
 from octavo.kernels import reference
-from octavo.kernels.checks import COMPUTE_DTYPES, check
-from octavo.kernels.cpu.library import address, f32, i64, library
+from octavo.kernels.checks import COMPUTE_DTYPES, check, output
+from octavo.kernels.cpu.library import Args, address, launch, library
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight in float32, rounded once. x: [rows, size]; weight: [size] float32.
+class _Args(Args):
+    _fields_ = [
+        ("outer", ctypes.c_int64),
+        ("out", ctypes.c_void_p),
+        ("x", ctypes.c_void_p),
+        ("weight", ctypes.c_void_p),
+        ("inner", ctypes.c_int64),
+        ("stride", ctypes.c_int64),
+        ("size", ctypes.c_int64),
+        ("eps", ctypes.c_float),
+        ("is_bf16", ctypes.c_int32),
+    ]
 
-    size is a multiple of 16. Raises ValueError on a wrong argument. Zhang and Sennrich, arXiv 1910.07467.
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight in float32, rounded once, in `out` if given, which may be x.
+
+    x: [rows, size]; weight: [size] float32; size is a multiple of 16. Raises ValueError on a wrong argument.
+    Zhang and Sennrich, arXiv 1910.07467.
     """
     check(x, "x", (None, None), COMPUTE_DTYPES)
     rows, size = x.shape
     check(weight, "weight", (size,), torch.float32)
-    out = torch.empty_like(x)
+    out = output(out, (rows, size), x.dtype)
     _norm(out, x, weight, rows, 1, size, size, eps)
     return out
 
@@ -34,18 +51,9 @@ def rms_norm_heads(qkv: Tensor, begin: int, num_heads: int, weight: Tensor, eps:
 def _norm(out: Tensor, x: Tensor, weight: Tensor, outer: int, inner: int, stride: int, size: int, eps: float) -> None:
     if size % 16:
         raise ValueError(f"x: size is {size}, expected a multiple of 16")
-    lib = library()
-    if lib is None:
+    if library() is None:
         out.copy_(reference.rms_norm(x.unflatten(1, (inner, size)), weight, eps).flatten(1))
         return
-    lib.octavo_rms_norm(
-        address(out),
-        address(x),
-        address(weight),
-        i64(outer),
-        i64(inner),
-        i64(stride),
-        i64(size),
-        f32(eps),
-        x.dtype == torch.bfloat16,
-    )
+    is_bf16 = x.dtype == torch.bfloat16
+    args = _Args(outer, address(out), address(x), address(weight), inner, stride, size, eps, is_bf16)
+    launch("octavo_rms_norm", args)

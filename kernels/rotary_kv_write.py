@@ -1,11 +1,31 @@
 """Rotary embedding of queries and keys, fused with writing keys and values to the paged cache."""
 
+import ctypes
+
 import torch
 from torch import Tensor
 
 from octavo.kernels import reference
 from octavo.kernels.checks import COMPUTE_DTYPES, check
-from octavo.kernels.cpu.library import address, i64, library
+from octavo.kernels.cpu.library import Args, address, launch, library
+
+
+class _Args(Args):
+    _fields_ = [
+        ("tokens", ctypes.c_int64),
+        ("qkv", ctypes.c_void_p),
+        ("cos_sin", ctypes.c_void_p),
+        ("positions", ctypes.c_void_p),
+        ("slots", ctypes.c_void_p),
+        ("cache", ctypes.c_void_p),
+        ("qkv_stride", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("kv_heads", ctypes.c_int64),
+        ("head_size", ctypes.c_int64),
+        ("rotary_size", ctypes.c_int64),
+        ("block_size", ctypes.c_int64),
+        ("is_bf16", ctypes.c_int64),
+    ]
 
 
 def rotary_kv_write(
@@ -29,22 +49,22 @@ def rotary_kv_write(
     check(slots, "slots", (tokens,), torch.int64)
     if cos_sin.shape[1] > head_size or cos_sin.shape[1] % 2:
         raise ValueError(f"cos_sin: rotary size is {cos_sin.shape[1]}, expected even and at most {head_size}")
-    lib = library()
-    if lib is None:
+    if library() is None:
         reference.rotary_kv_write(qkv, cos_sin, positions, slots, kv_cache, num_heads)
         return
-    lib.octavo_rotary_kv_write(
+    args = _Args(
+        tokens,
         address(qkv),
         address(cos_sin),
         address(positions),
         address(slots),
         address(kv_cache),
-        i64(tokens),
-        i64(qkv.stride(0)),
-        i64(num_heads),
-        i64(num_kv_heads),
-        i64(head_size),
-        i64(cos_sin.shape[1]),
-        i64(block_size),
+        qkv.stride(0),
+        num_heads,
+        num_kv_heads,
+        head_size,
+        cos_sin.shape[1],
+        block_size,
         qkv.dtype == torch.bfloat16,
     )
+    launch("octavo_rotary_kv_write", args)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from octavo.kernels import reference
 from octavo.kernels.checks import check
-from octavo.kernels.cpu.library import address, i64, library
+from octavo.kernels.cpu.library import Args, address, launch, library
 
 # One row of work, in the layout of kernels/cpu/sample.cpp.
 ROW = np.dtype(
@@ -38,9 +38,25 @@ ROW = np.dtype(
 )
 EDIT = np.dtype([("id", np.int32), ("add", np.float32)], align=True)  # added to a logit; -inf bans the token
 
-_VOID = ctypes.c_void_p
-
 NOT_FINITE = -1  # the token id of a row whose logits hold NaN or +inf, or nothing but -inf
+
+
+class _Args(Args):
+    _fields_ = [
+        ("num_rows", ctypes.c_int64),
+        ("logits", ctypes.c_void_p),
+        ("rows", ctypes.c_void_p),
+        ("tokens", ctypes.c_void_p),
+        ("edits", ctypes.c_void_p),
+        ("allowed", ctypes.c_void_p),
+        ("token_ids", ctypes.c_void_p),
+        ("logprobs", ctypes.c_void_p),
+        ("top_ids", ctypes.c_void_p),
+        ("top_logprobs", ctypes.c_void_p),
+        ("vocab", ctypes.c_int64),
+        ("tokens_stride", ctypes.c_int64),
+        ("max_top", ctypes.c_int64),
+    ]
 
 
 @dataclass(slots=True)
@@ -78,8 +94,7 @@ def sample(
     max_top = int(rows["num_top"].max(initial=0))
     if max_top > vocab:
         raise ValueError(f"rows: num_top is {max_top}, at most the vocabulary of {vocab}")
-    lib = library()
-    if lib is None:
+    if library() is None:
         return Sampled(*reference.sample(logits.numpy(), rows, tokens.numpy(), edits, allowed, max_top))
     result = Sampled(
         np.empty(num_rows, np.int32),
@@ -87,19 +102,20 @@ def sample(
         np.zeros((num_rows, max_top), np.int32),
         np.zeros((num_rows, max_top), np.float32),
     )
-    lib.octavo_sample(
+    args = _Args(
+        num_rows,
         address(logits),
-        i64(num_rows),
-        i64(vocab),
-        rows.ctypes.data_as(_VOID),
+        rows.ctypes.data,
         address(tokens),
-        i64(tokens.stride(0)),
-        edits.ctypes.data_as(_VOID),
-        allowed.ctypes.data_as(_VOID),
-        result.token_ids.ctypes.data_as(_VOID),
-        result.logprobs.ctypes.data_as(_VOID),
-        result.top_ids.ctypes.data_as(_VOID),
-        result.top_logprobs.ctypes.data_as(_VOID),
-        i64(max_top),
+        edits.ctypes.data,
+        allowed.ctypes.data,
+        result.token_ids.ctypes.data,
+        result.logprobs.ctypes.data,
+        result.top_ids.ctypes.data,
+        result.top_logprobs.ctypes.data,
+        vocab,
+        tokens.stride(0),
+        max_top,
     )
+    launch("octavo_sample", args)
     return result

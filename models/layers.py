@@ -13,7 +13,7 @@ from octavo.kernels.paged_attention import paged_attention
 from octavo.kernels.rms_norm import rms_norm, rms_norm_heads
 from octavo.kernels.rotary_kv_write import rotary_kv_write
 from octavo.kernels.silu_mul import silu_mul
-from octavo.models.batch import ForwardBatch
+from octavo.models.batch import Activations, ForwardBatch
 from octavo.models.config import ModelConfig, RopeConfig
 
 
@@ -38,9 +38,9 @@ class Linear:
         self.weight = empty_packed(n, k, dtype)
         self.bias = torch.zeros(n, dtype=torch.float32) if bias else None
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None, out_dtype: torch.dtype | None = None) -> Tensor:
-        """x: [rows, k]; returns [rows, n], plus residual."""
-        return matmul(x, self.weight, self.bias, residual, out_dtype)
+    def __call__(self, x: Tensor, out: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x: [rows, k]; out: [rows, n], which also may be the residual that is added. Returns out."""
+        return matmul(x, self.weight, self.bias, residual, out=out)
 
     def parameters(self) -> Parameters:
         """Weights (and biases) by checkpoint name."""
@@ -65,9 +65,9 @@ class Norm:
         self.name, self.eps = name, eps
         self.weight = torch.zeros(size, dtype=torch.float32)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x: [rows, size]."""
-        return rms_norm(x, self.weight, self.eps)
+    def __call__(self, x: Tensor, out: Tensor) -> Tensor:
+        """x and out: [rows, size]. Returns out."""
+        return rms_norm(x, self.weight, self.eps, out)
 
     def parameters(self) -> Parameters:
         """The weight by checkpoint name."""
@@ -81,13 +81,13 @@ class Embedding:
         self.name = name
         self.weight = empty_packed(vocab_size, hidden_size, dtype)
 
-    def __call__(self, token_ids: Tensor) -> Tensor:
-        """token_ids: [tokens] int32; returns [tokens, hidden]."""
-        return embedding(token_ids, self.weight)
+    def __call__(self, token_ids: Tensor, out: Tensor) -> Tensor:
+        """token_ids: [tokens] int32; out: [tokens, hidden]. Returns out."""
+        return embedding(token_ids, self.weight, out)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden: [rows, hidden]; returns [rows, vocab] float32."""
-        return matmul(hidden, self.weight, out_dtype=torch.float32)
+    def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
+        """hidden: [rows, hidden]; out: [rows, vocab] float32. Returns out."""
+        return matmul(hidden, self.weight, out_dtype=torch.float32, out=out)
 
     def parameters(self) -> Parameters:
         """The weight by checkpoint name."""
@@ -108,15 +108,15 @@ class Attention:
             self.q_norm = Norm(f"{name}.q_norm", config.head_size, config.rms_norm_eps)
             self.k_norm = Norm(f"{name}.k_norm", config.head_size, config.rms_norm_eps)
 
-    def __call__(self, x: Tensor, residual: Tensor, batch: ForwardBatch, cos_sin: Tensor, kv_cache: Tensor) -> Tensor:
-        """x, residual: [tokens, hidden]; kv_cache: this layer's. Returns residual + attention(x)."""
+    def __call__(self, a: Activations, batch: ForwardBatch, cos_sin: Tensor, kv_cache: Tensor) -> None:
+        """Adds attention(a.normed) to a.hidden. kv_cache: this layer's."""
         config = self.config
-        qkv = self.qkv(x)  # [tokens, (heads + 2 * kv_heads) * head_size]
+        qkv = self.qkv(a.normed, a.qkv)
         if self.q_norm is not None and self.k_norm is not None:
             rms_norm_heads(qkv, 0, config.num_heads, self.q_norm.weight, self.q_norm.eps)
             rms_norm_heads(qkv, config.q_size, config.num_kv_heads, self.k_norm.weight, self.k_norm.eps)
         rotary_kv_write(qkv, cos_sin, batch.positions, batch.slots, kv_cache, config.num_heads)
-        out = paged_attention(
+        paged_attention(
             qkv,
             kv_cache,
             batch.block_tables,
@@ -125,8 +125,9 @@ class Attention:
             config.num_heads,
             config.head_size**-0.5,
             self.window,
+            a.attended,
         )
-        return self.output(out, residual)
+        self.output(a.attended, a.hidden, residual=a.hidden)
 
     def parameters(self) -> Parameters:
         """All tensors by checkpoint name."""
@@ -143,9 +144,10 @@ class Mlp:
         self.gate_up = Linear(config.hidden_size, parts, dtype, bias=config.mlp_bias)
         self.down = Linear(size, {f"{name}.down_proj": config.hidden_size}, dtype, bias=config.mlp_bias)
 
-    def __call__(self, x: Tensor, residual: Tensor) -> Tensor:
-        """x, residual: [tokens, hidden]. Returns residual + mlp(x)."""
-        return self.down(silu_mul(self.gate_up(x)), residual)
+    def __call__(self, a: Activations) -> None:
+        """Adds mlp(a.normed) to a.hidden."""
+        silu_mul(self.gate_up(a.normed, a.gate_up), a.gated)
+        self.down(a.gated, a.hidden, residual=a.hidden)
 
     def parameters(self) -> Parameters:
         """All tensors by checkpoint name."""

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from octavo.models.batch import ForwardBatch
+from octavo.models.batch import Activations, ForwardBatch
 from octavo.models.config import ModelConfig
 from octavo.models.layers import Attention, Embedding, Mlp, Norm, Parameters, rotary_table
 
@@ -18,10 +18,12 @@ class Layer:
         self.mlp_norm = Norm(f"{name}.post_attention_layernorm", config.hidden_size, config.rms_norm_eps)
         self.mlp = Mlp(f"{name}.mlp", config, dtype)
 
-    def __call__(self, x: Tensor, batch: ForwardBatch, cos_sin: Tensor, kv_cache: Tensor) -> Tensor:
-        """x: [tokens, hidden]; kv_cache: this layer's."""
-        x = self.attention(self.attention_norm(x), x, batch, cos_sin, kv_cache)
-        return self.mlp(self.mlp_norm(x), x)
+    def __call__(self, a: Activations, batch: ForwardBatch, cos_sin: Tensor, kv_cache: Tensor) -> None:
+        """Updates a.hidden. kv_cache: this layer's."""
+        self.attention_norm(a.hidden, a.normed)
+        self.attention(a, batch, cos_sin, kv_cache)
+        self.mlp_norm(a.hidden, a.normed)
+        self.mlp(a)
 
     def parameters(self) -> Parameters:
         """All tensors by checkpoint name."""
@@ -43,16 +45,16 @@ class Llama:
             self.head = Embedding("lm_head", config.vocab_size, config.hidden_size, dtype)
         self.cos_sin = rotary_table(config.rope, config.head_size, max_len)
 
-    def forward(self, batch: ForwardBatch, kv_caches: list[Tensor]) -> Tensor:
-        """The last hidden state of every token, normed: [tokens, hidden]. KV of the tokens is written to the caches."""
-        x = self.embedding(batch.token_ids)
+    def forward(self, a: Activations, batch: ForwardBatch, kv_caches: list[Tensor]) -> None:
+        """Leaves the last hidden state of every token, normed, in a.normed. KV is written to the caches."""
+        self.embedding(batch.token_ids, a.hidden)
         for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
-            x = layer(x, batch, self.cos_sin, kv_cache)
-        return self.norm(x)
+            layer(a, batch, self.cos_sin, kv_cache)
+        self.norm(a.hidden, a.normed)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden: [rows, hidden]; returns [rows, vocab] float32."""
-        return self.head.logits(hidden)
+    def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
+        """hidden: [rows, hidden]; out: [rows, vocab] float32. Returns out."""
+        return self.head.logits(hidden, out)
 
     def parameters(self) -> Parameters:
         """All tensors by checkpoint name."""

@@ -3,6 +3,7 @@
 import torch
 
 from octavo.kernels.matmul import packed_bytes
+from octavo.models.batch import activation_widths
 from octavo.models.config import ModelConfig
 
 LOGITS_ROWS = 64  # rows of the vocabulary-wide logits that exist at once
@@ -47,10 +48,8 @@ def kv_block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> 
 
 
 def workspace_bytes(config: ModelConfig, num_tokens: int, dtype: torch.dtype) -> int:
-    """Most bytes of activations in a step of `num_tokens` tokens, and of its logits."""
-    qkv = config.q_size + 2 * config.kv_size
-    widest = max(qkv + config.q_size, 3 * config.intermediate_size) + 3 * config.hidden_size
-    return num_tokens * widest * dtype.itemsize + 4 * LOGITS_ROWS * config.vocab_size
+    """Bytes of the activations of a step of `num_tokens` tokens, and of its logits."""
+    return num_tokens * sum(activation_widths(config)) * dtype.itemsize + 4 * LOGITS_ROWS * config.vocab_size
 
 
 def state_bytes(config: ModelConfig, num_slots: int, max_len: int, block_size: int) -> int:

@@ -4,6 +4,7 @@ import ctypes
 import functools
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -68,10 +69,35 @@ def multiplies_bf16() -> bool:
     return bool({"avx512_bf16", "bf16"} & cpu_flags()) and platform.machine() in ("x86_64", "aarch64")
 
 
-def address(tensor: torch.Tensor | None) -> ctypes.c_void_p | None:
+def address(tensor: torch.Tensor | None) -> int | None:
     """The tensor's data pointer as an argument; None stays a null pointer."""
-    return None if tensor is None else ctypes.c_void_p(tensor.data_ptr())
+    return None if tensor is None else tensor.data_ptr()
 
 
-i64 = ctypes.c_int64
-f32 = ctypes.c_float
+class Args(ctypes.Structure):
+    """Arguments of an op, laid out as the C++ structure of the op's source file. First comes the number of rows."""
+
+
+_recorded: list[tuple[str, Args]] | None = None
+
+
+def launch(op: str, args: Args) -> None:
+    """Run a native op; inside `record`, only note it down."""
+    lib = library()
+    assert lib is not None
+    if _recorded is None:
+        getattr(lib, op)(ctypes.byref(args))
+    else:
+        _recorded.append((op, args))
+
+
+def record(function: Callable[[], object]) -> list[tuple[str, Args]]:
+    """Names and arguments of the ops that `function` launches, none of which is run."""
+    global _recorded
+    assert _recorded is None
+    _recorded = []
+    try:
+        function()
+        return _recorded
+    finally:
+        _recorded = None

@@ -13,12 +13,13 @@ namespace octavo {
 namespace {
 
 struct Args {
+    int64_t m;
     const void* x;         // [m, k], row stride x_stride elements
     const void* weight;    // packed
     const float* bias;     // [n] or null
     const void* residual;  // as out, or null; may be out itself
     void* out;             // [m, n]
-    int64_t m, n, k, x_stride;
+    int64_t n, k, x_stride, is_bf16, out_is_bf16;
 };
 
 // Bias and residual added in float32 to the 16 sums of one row and panel, then the one rounding.
@@ -256,11 +257,10 @@ void unpack_rows(T* out, const T* packed, const int32_t* ids, int64_t count, int
 
 using namespace octavo;
 
-extern "C" void octavo_matmul(const void* x, const void* weight, const float* bias, const void* residual, void* out,
-                              int64_t m, int64_t n, int64_t k, int64_t x_stride, int is_bf16, int out_is_bf16) {
-    const Args a{x, weight, bias, residual, out, m, n, k, x_stride};
-    if (!is_bf16) matmul<float, float>(a);
-    else if (out_is_bf16) matmul<bf16, bf16>(a);
+extern "C" void octavo_matmul(const void* args) {
+    const Args& a = *(const Args*)args;
+    if (!a.is_bf16) matmul<float, float>(a);
+    else if (a.out_is_bf16) matmul<bf16, bf16>(a);
     else matmul<bf16, float>(a);
 }
 
@@ -270,9 +270,21 @@ extern "C" void octavo_pack_weight(void* out, const void* weight, int64_t row_be
     else pack((float*)out, (const float*)weight, row_begin, rows, k);
 }
 
-// Rows of a packed weight, as an embedding lookup. ids must lie in [0, n).
-extern "C" void octavo_embedding(void* out, const void* packed, const int32_t* ids, int64_t count, int64_t k,
-                                 int is_bf16) {
-    if (is_bf16) unpack_rows((bf16*)out, (const bf16*)packed, ids, count, k);
-    else unpack_rows((float*)out, (const float*)packed, ids, count, k);
+namespace {
+
+struct EmbeddingArgs {
+    int64_t count;
+    void* out;           // [count, k]
+    const void* packed;  // [n, k]
+    const int32_t* ids;  // [count], in [0, n)
+    int64_t k, is_bf16;
+};
+
+}  // namespace
+
+// Rows of a packed weight.
+extern "C" void octavo_embedding(const void* args) {
+    const EmbeddingArgs& a = *(const EmbeddingArgs*)args;
+    if (a.is_bf16) unpack_rows((bf16*)a.out, (const bf16*)a.packed, a.ids, a.count, a.k);
+    else unpack_rows((float*)a.out, (const float*)a.packed, a.ids, a.count, a.k);
 }

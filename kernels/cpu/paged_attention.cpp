@@ -19,18 +19,24 @@ constexpr int MAX_HEAD = 256;
 constexpr int MAX_ROWS = 16;    // (token, head) pairs of one KV head that share the loads of a tile
 constexpr int VECTOR_ROWS = 4;  // rows whose sums fit the vector registers
 
-template <typename T>
-struct Attention {
-    const T* q;                   // [tokens, heads * head_size], row stride q_stride
-    T* out;                       // [tokens, heads * head_size], contiguous
-    const T* cache;               // layout: see rotary_kv_write.cpp
+struct Args {
+    int64_t tokens;
+    void* out;                    // [tokens, heads * head_size], contiguous
+    const void* q;                // [tokens, heads * head_size], row stride q_stride
+    const void* cache;            // layout: see rotary_kv_write.cpp
     const int32_t* block_tables;  // [sequences, table_stride]
-    const int32_t* token_begins;  // [sequences + 1]
+    const int32_t* token_begins;  // [sequences + 1], the last one = tokens
     const int32_t* context_lens;  // [sequences]: tokens in the cache, the new ones included
-    int64_t sequences, table_stride, q_stride, heads, kv_heads, head_size, block_size, window;
+    int64_t table_stride, q_stride, heads, kv_heads, head_size, block_size, window;
     float scale;
+    int32_t is_bf16;
+};
 
+template <typename T>
+struct Attention : Args {
     static constexpr int S = STEP<T>;
+
+    explicit Attention(const Args& args) : Args(args) {}
 
     struct Rows {
         int count;
@@ -53,10 +59,10 @@ struct Attention {
     };
 
     const T* k_tile(int64_t block, int64_t kv_head) const {
-        return cache + ((block * 2) * kv_heads + kv_head) * block_size * head_size;
+        return (const T*)cache + ((block * 2) * kv_heads + kv_head) * block_size * head_size;
     }
     const T* v_tile(int64_t block, int64_t kv_head) const {
-        return cache + ((block * 2 + 1) * kv_heads + kv_head) * block_size * head_size;
+        return (const T*)cache + ((block * 2 + 1) * kv_heads + kv_head) * block_size * head_size;
     }
 
     // Where the tile that begins at position `begin` lies.
@@ -246,7 +252,7 @@ struct Attention {
 #endif
         int64_t last = 0, first = INT64_MAX;
         for (int r = 0; r < rows.count; r++) {
-            std::memcpy(t.q[r], q + rows.q_offset[r], head_size * sizeof(T));
+            std::memcpy(t.q[r], (const T*)q + rows.q_offset[r], head_size * sizeof(T));
             std::fill(t.sums[r], t.sums[r] + head_size, 0.0f);
             t.row_max[r] = NEG_INF;
             t.row_sum[r] = 0.0f;
@@ -262,7 +268,7 @@ struct Attention {
         for (int r = 0; r < rows.count; r++) {
             const f32x16 inverse = splat(1.0f / t.row_sum[r]);
             for (int64_t d = 0; d < head_size; d += LANES)
-                store(out + rows.out_offset[r] + d, load(t.sums[r] + d) * inverse);
+                store((T*)out + rows.out_offset[r] + d, load(t.sums[r] + d) * inverse);
         }
 #if defined(__AMX_BF16__)
         if (by_tiles()) _tile_release();
@@ -271,10 +277,10 @@ struct Attention {
 
     void item(int64_t sequence, int64_t kv_head, int64_t row_begin) const {
         const int64_t group = heads / kv_heads;
-        const int64_t tokens = token_begins[sequence + 1] - token_begins[sequence];
-        const int64_t position = context_lens[sequence] - tokens;
+        const int64_t num_new = token_begins[sequence + 1] - token_begins[sequence];
+        const int64_t position = context_lens[sequence] - num_new;
         Rows rows;
-        rows.count = (int)std::min<int64_t>(MAX_ROWS, tokens * group - row_begin);
+        rows.count = (int)std::min<int64_t>(MAX_ROWS, num_new * group - row_begin);
         for (int r = 0; r < rows.count; r++) {
             const int64_t token = (row_begin + r) / group, head = kv_head * group + (row_begin + r) % group;
             rows.position[r] = position + token;
@@ -286,6 +292,8 @@ struct Attention {
 
     void run() const {
         const int64_t group = heads / kv_heads;
+        int64_t sequences = 0;
+        while (token_begins[sequences] < tokens) sequences++;
         // begins[s]: number of work items (row tile, KV head) of the sequences before s
         std::vector<int64_t> begins(sequences + 1, 0);
         for (int64_t s = 0; s < sequences; s++) {
@@ -306,15 +314,8 @@ struct Attention {
 
 using namespace octavo;
 
-extern "C" void octavo_paged_attention(void* out, const void* q, const void* cache, const int32_t* block_tables,
-                                       const int32_t* token_begins, const int32_t* context_lens, int64_t sequences,
-                                       int64_t table_stride, int64_t q_stride, int64_t heads, int64_t kv_heads,
-                                       int64_t head_size, int64_t block_size, int64_t window, float scale,
-                                       int is_bf16) {
-    if (is_bf16)
-        Attention<bf16>{(const bf16*)q, (bf16*)out, (const bf16*)cache, block_tables, token_begins, context_lens,
-                        sequences, table_stride, q_stride, heads, kv_heads, head_size, block_size, window, scale}.run();
-    else
-        Attention<float>{(const float*)q, (float*)out, (const float*)cache, block_tables, token_begins, context_lens,
-                         sequences, table_stride, q_stride, heads, kv_heads, head_size, block_size, window, scale}.run();
+extern "C" void octavo_paged_attention(const void* args) {
+    const Args& a = *(const Args*)args;
+    if (a.is_bf16) Attention<bf16>(a).run();
+    else Attention<float>(a).run();
 }

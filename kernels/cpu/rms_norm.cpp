@@ -19,13 +19,22 @@ void norm_row(T* out, const T* x, const float* weight, int64_t size, float eps) 
     for (int64_t i = 0; i < size; i += LANES) store(out + i, load(x + i) * splat(scale) * load(weight + i));
 }
 
+struct Args {
+    int64_t outer;  // rows, `stride` elements apart
+    void* out;      // may be x
+    const void* x;
+    const float* weight;            // [size]
+    int64_t inner, stride, size;    // vectors in a row, each normed by itself; their size is a multiple of 16
+    float eps;
+    int32_t is_bf16;
+};
+
 template <typename T>
-void norm(T* out, const T* x, const float* weight, int64_t outer, int64_t inner, int64_t stride,
-          int64_t size, float eps) {
-    parallel_rows(outer * inner, size, [&](int64_t begin, int64_t end) {
+void norm(const Args& a) {
+    parallel_rows(a.outer * a.inner, a.size, [&](int64_t begin, int64_t end) {
         for (int64_t r = begin; r < end; r++) {
-            const int64_t i = r / inner, j = r % inner;
-            norm_row(out + i * stride + j * size, x + i * stride + j * size, weight, size, eps);
+            const int64_t at = r / a.inner * a.stride + r % a.inner * a.size;
+            norm_row((T*)a.out + at, (const T*)a.x + at, a.weight, a.size, a.eps);
         }
     });
 }
@@ -35,10 +44,8 @@ void norm(T* out, const T* x, const float* weight, int64_t outer, int64_t inner,
 
 using namespace octavo;
 
-// x and out: `outer` rows `stride` elements apart, each of `inner` vectors of `size` elements that are normed by
-// themselves; size is a multiple of 16. out may be x.
-extern "C" void octavo_rms_norm(void* out, const void* x, const float* weight, int64_t outer, int64_t inner,
-                                int64_t stride, int64_t size, float eps, int is_bf16) {
-    if (is_bf16) norm((bf16*)out, (const bf16*)x, weight, outer, inner, stride, size, eps);
-    else norm((float*)out, (const float*)x, weight, outer, inner, stride, size, eps);
+extern "C" void octavo_rms_norm(const void* args) {
+    const Args& a = *(const Args*)args;
+    if (a.is_bf16) norm<bf16>(a);
+    else norm<float>(a);
 }

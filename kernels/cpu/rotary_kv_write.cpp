@@ -10,14 +10,19 @@
 namespace octavo {
 namespace {
 
+struct Args {
+    int64_t tokens;
+    void* qkv;                 // [tokens, (heads + 2 * kv_heads) * head_size], row stride qkv_stride
+    const float* cos_sin;      // [max positions, rotary_size]: cosines, then sines
+    const int32_t* positions;  // [tokens]
+    const int64_t* slots;      // [tokens]: block * block_size + offset
+    void* cache;
+    int64_t qkv_stride, heads, kv_heads, head_size, rotary_size, block_size, is_bf16;
+};
+
 template <typename T>
-struct Rotary {
-    T* qkv;                   // [tokens, (heads + 2 * kv_heads) * head_size], row stride qkv_stride
-    const float* cos_sin;     // [max positions, rotary_size]: cosines, then sines
-    const int32_t* positions; // [tokens]
-    const int64_t* slots;     // [tokens]: block * block_size + offset
-    T* cache;
-    int64_t tokens, qkv_stride, heads, kv_heads, head_size, rotary_size, block_size;
+struct Rotary : Args {
+    explicit Rotary(const Args& args) : Args(args) {}
 
     // The head rotated in place.
     void rotate(T* head, const float* table) const {
@@ -31,12 +36,12 @@ struct Rotary {
     }
 
     void token(int64_t t) const {
-        T* row = qkv + t * qkv_stride;
+        T* row = (T*)qkv + t * qkv_stride;
         const float* table = cos_sin + positions[t] * rotary_size;
         for (int64_t h = 0; h < heads + kv_heads; h++) rotate(row + h * head_size, table);
         const int64_t block = slots[t] / block_size, offset = slots[t] % block_size;
         const int64_t tile = block_size * head_size;
-        T* k_tiles = cache + block * 2 * kv_heads * tile;
+        T* k_tiles = (T*)cache + block * 2 * kv_heads * tile;
         T* v_tiles = k_tiles + kv_heads * tile;
         constexpr int S = STEP<T>;
         for (int64_t h = 0; h < kv_heads; h++) {
@@ -61,13 +66,8 @@ struct Rotary {
 
 using namespace octavo;
 
-extern "C" void octavo_rotary_kv_write(void* qkv, const float* cos_sin, const int32_t* positions, const int64_t* slots,
-                                       void* cache, int64_t tokens, int64_t qkv_stride, int64_t heads, int64_t kv_heads,
-                                       int64_t head_size, int64_t rotary_size, int64_t block_size, int is_bf16) {
-    if (is_bf16)
-        Rotary<bf16>{(bf16*)qkv, cos_sin, positions, slots, (bf16*)cache, tokens, qkv_stride,
-                     heads, kv_heads, head_size, rotary_size, block_size}.run();
-    else
-        Rotary<float>{(float*)qkv, cos_sin, positions, slots, (float*)cache, tokens, qkv_stride,
-                      heads, kv_heads, head_size, rotary_size, block_size}.run();
+extern "C" void octavo_rotary_kv_write(const void* args) {
+    const Args& a = *(const Args*)args;
+    if (a.is_bf16) Rotary<bf16>(a).run();
+    else Rotary<float>(a).run();
 }

@@ -324,30 +324,44 @@ private:
     float max_ = 0.0f;
 };
 
+struct Args {
+    int64_t num_rows;
+    const float* logits;    // [num_rows, vocab]
+    const void* rows;       // [num_rows] of Row
+    const int32_t* tokens;  // [slots, tokens_stride]
+    const void* edits;
+    const int32_t* allowed;
+    int32_t* token_ids;   // [num_rows]: the token drawn (or the target); -1 where the logits are not finite
+    float* logprobs;      // [num_rows]; this and below from the raw logits, where num_top >= 0
+    int32_t* top_ids;     // [num_rows, max_top]
+    float* top_logprobs;  // [num_rows, max_top]
+    int64_t vocab, tokens_stride, max_top;
+};
+
+void sample_row(const Args& a, int64_t r) {
+    const Row& row = ((const Row*)a.rows)[r];
+    const float* x = a.logits + r * a.vocab;
+    Sampler sampler(x, a.vocab, row, a.tokens + row.slot * a.tokens_stride, (const Edit*)a.edits, a.allowed);
+    if (!sampler.finite()) {
+        a.token_ids[r] = -1;
+        return;
+    }
+    a.token_ids[r] = row.target >= 0 ? row.target : sampler.draw();
+    if (row.num_top < 0) return;
+    const float lse = sampler.log_sum_exp();
+    a.logprobs[r] = x[a.token_ids[r]] - lse;
+    if (row.num_top == 0) return;
+    float* top_logprobs = a.top_logprobs + r * a.max_top;
+    sampler.top(row.num_top, a.top_ids + r * a.max_top, top_logprobs);
+    for (int32_t i = 0; i < row.num_top; i++) top_logprobs[i] = top_logprobs[i] - lse;
+}
+
 }  // namespace
 }  // namespace octavo
 
 using namespace octavo;
 
-// token_ids[r]: the token drawn (or the target); -1 where the logits are not finite.
-// logprobs[r], top_ids and top_logprobs [rows, max_top]: from the raw logits, where num_top >= 0.
-extern "C" void octavo_sample(const float* logits, int64_t num_rows, int64_t vocab, const void* rows, const int32_t* tokens, int64_t tokens_stride, const void* edits,
-                              const int32_t* allowed, int32_t* token_ids, float* logprobs, int32_t* top_ids,
-                              float* top_logprobs, int64_t max_top) {
-    parallel_for(num_rows, [&](int64_t r) {
-        const Row& row = ((const Row*)rows)[r];
-        const float* x = logits + r * vocab;
-        Sampler sampler(x, vocab, row, tokens + row.slot * tokens_stride, (const Edit*)edits, allowed);
-        if (!sampler.finite()) {
-            token_ids[r] = -1;
-            return;
-        }
-        token_ids[r] = row.target >= 0 ? row.target : sampler.draw();
-        if (row.num_top < 0) return;
-        const float lse = sampler.log_sum_exp();
-        logprobs[r] = x[token_ids[r]] - lse;
-        if (row.num_top == 0) return;
-        sampler.top(row.num_top, top_ids + r * max_top, top_logprobs + r * max_top);
-        for (int32_t i = 0; i < row.num_top; i++) top_logprobs[r * max_top + i] = top_logprobs[r * max_top + i] - lse;
-    });
+extern "C" void octavo_sample(const void* args) {
+    const Args& a = *(const Args*)args;
+    parallel_for(a.num_rows, [&](int64_t r) { sample_row(a, r); });
 }

@@ -5,14 +5,23 @@
 namespace octavo {
 namespace {
 
+struct Args {
+    int64_t rows;
+    void* out;            // [rows, size]
+    const void* gate_up;  // [rows, 2 * size], gate first
+    int64_t size;         // a multiple of 16
+    int64_t is_bf16;
+};
+
 template <typename T>
-void silu_mul(T* out, const T* gate_up, int64_t rows, int64_t size) {
-    parallel_rows(rows, size, [&](int64_t begin, int64_t end) {
+void silu_mul(const Args& a) {
+    parallel_rows(a.rows, a.size, [&](int64_t begin, int64_t end) {
         for (int64_t r = begin; r < end; r++) {
-            const T* gate = gate_up + r * 2 * size;
-            for (int64_t i = 0; i < size; i += LANES) {
+            const T* gate = (const T*)a.gate_up + r * 2 * a.size;
+            T* out = (T*)a.out + r * a.size;
+            for (int64_t i = 0; i < a.size; i += LANES) {
                 const f32x16 g = load(gate + i);
-                store(out + r * size + i, g / (splat(1.0f) + exp(-g)) * load(gate + size + i));
+                store(out + i, g / (splat(1.0f) + exp(-g)) * load(gate + a.size + i));
             }
         }
     });
@@ -23,8 +32,8 @@ void silu_mul(T* out, const T* gate_up, int64_t rows, int64_t size) {
 
 using namespace octavo;
 
-// gate_up: [rows, 2 * size], gate first; size is a multiple of 16.
-extern "C" void octavo_silu_mul(void* out, const void* gate_up, int64_t rows, int64_t size, int is_bf16) {
-    if (is_bf16) silu_mul((bf16*)out, (const bf16*)gate_up, rows, size);
-    else silu_mul((float*)out, (const float*)gate_up, rows, size);
+extern "C" void octavo_silu_mul(const void* args) {
+    const Args& a = *(const Args*)args;
+    if (a.is_bf16) silu_mul<bf16>(a);
+    else silu_mul<float>(a);
 }

@@ -107,6 +107,7 @@ class Engine:
             num_blocks=num_blocks,
             block_size=config.block_size,
             max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=max_model_len,
         )
         self.runner.warm_up(config.max_num_batched_tokens)

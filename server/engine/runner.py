@@ -7,8 +7,9 @@ preallocated, gathered by whole columns, so that a step has no loop over its cho
 import numpy as np
 import torch
 
-from octavo.kernels.sample import EDIT, ROW, sample
-from octavo.models.batch import ForwardBatch
+from octavo.kernels.program import Program
+from octavo.kernels.sample import EDIT, ROW, Sampled, sample
+from octavo.models.batch import Activations, ForwardBatch
 from octavo.models.config import ModelConfig
 from octavo.models.llama import Llama
 from octavo.models.memory import LOGITS_ROWS, kv_block_shape
@@ -20,7 +21,14 @@ class Runner:
     """Executes step plans in order."""
 
     def __init__(
-        self, model: Llama, *, num_blocks: int, block_size: int, max_num_seqs: int, max_model_len: int
+        self,
+        model: Llama,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
     ) -> None:
         self.model = model
         self._block_size = block_size
@@ -28,6 +36,15 @@ class Runner:
         shape = kv_block_shape(config, num_blocks, block_size)
         # Zeros are written, so that the memory is there from the start.
         self.kv_caches = [torch.empty(shape, dtype=model.dtype).zero_() for _ in range(config.num_layers)]
+        self._batch = ForwardBatch.empty(max_num_batched_tokens, max_num_seqs, -(-max_model_len // block_size))
+        self._activations = Activations.empty(config, max_num_batched_tokens, model.dtype)
+        self._logits = torch.empty((LOGITS_ROWS, config.vocab_size), dtype=torch.float32)
+        self._forward = Program(
+            lambda num_tokens: model.forward(
+                self._activations.first(num_tokens), self._batch.first(num_tokens), self.kv_caches
+            ),
+            max_num_batched_tokens,
+        )
         self._tokens = torch.zeros((max_num_seqs, max_model_len), dtype=torch.int32)
         self._tables = torch.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=torch.int32)
         self._table_lens = [0] * max_num_seqs
@@ -49,7 +66,9 @@ class Runner:
         slots, starts = np.array(plan.slots), np.array(plan.starts)
         nums, samples = np.array(plan.nums), np.array(plan.samples)
         ends = np.cumsum(nums)
-        hidden = self.model.forward(self._batch(slots, starts, nums, ends), self.kv_caches)
+        self._fill_batch(slots, starts, nums, ends)
+        self._forward.run(int(ends[-1]))
+        hidden = self._activations.normed
         result = StepResult(plan.epoch, plan.step)
         for index in self._prompt_logprob_indices(plan):
             self._prompt_logprobs(result, plan, index, hidden[ends[index] - nums[index] : ends[index]])
@@ -77,21 +96,24 @@ class Runner:
         scores_prompt = params.prompt_logprobs is not None and choice.choice_index == 0
         (self._wants_prompt_logprobs.add if scores_prompt else self._wants_prompt_logprobs.discard)(slot)
 
-    def _batch(self, slots: np.ndarray, starts: np.ndarray, nums: np.ndarray, ends: np.ndarray) -> ForwardBatch:
-        sequence = np.repeat(np.arange(len(slots)), nums)  # [tokens]
-        positions = np.arange(ends[-1]) - np.repeat(ends - nums - starts, nums)
+    def _fill_batch(self, slots: np.ndarray, starts: np.ndarray, nums: np.ndarray, ends: np.ndarray) -> None:
+        batch, num_tokens, num_sequences = self._batch, ends[-1], len(slots)
+        sequence = np.repeat(np.arange(num_sequences), nums)  # [tokens]
+        positions = np.arange(num_tokens) - np.repeat(ends - nums - starts, nums)
         of_token = slots[sequence]
         blocks = self._table_rows[of_token, positions // self._block_size].astype(np.int64)
         context_lens = starts + nums
         width = -(-int(context_lens.max()) // self._block_size)
-        return ForwardBatch(
-            token_ids=torch.from_numpy(self._token_rows[of_token, positions]),
-            positions=torch.from_numpy(positions.astype(np.int32)),
-            slots=torch.from_numpy(blocks * self._block_size + positions % self._block_size),
-            token_begins=torch.from_numpy(np.concatenate(([0], ends)).astype(np.int32)),
-            context_lens=torch.from_numpy(context_lens.astype(np.int32)),
-            block_tables=torch.from_numpy(self._table_rows[slots, :width]),
-        )
+        batch.token_ids.numpy()[:num_tokens] = self._token_rows[of_token, positions]
+        batch.positions.numpy()[:num_tokens] = positions
+        batch.slots.numpy()[:num_tokens] = blocks * self._block_size + positions % self._block_size
+        batch.token_begins.numpy()[1 : num_sequences + 1] = ends
+        batch.context_lens.numpy()[:num_sequences] = context_lens
+        batch.block_tables.numpy()[:num_sequences, :width] = self._table_rows[slots, :width]
+
+    def _sample_rows(self, hidden: torch.Tensor, rows: np.ndarray, edits: np.ndarray, allowed: np.ndarray) -> Sampled:
+        logits = self.model.logits(hidden, self._logits[: len(rows)])
+        return sample(logits, rows, self._tokens, edits, allowed)
 
     def _sample(
         self, result: StepResult, indices: np.ndarray, slots: np.ndarray, lens: np.ndarray, hidden: torch.Tensor
@@ -102,7 +124,7 @@ class Runner:
         edits, allowed = self._edits(rows)
         for begin in range(0, len(rows), LOGITS_ROWS):
             part = rows[begin : begin + LOGITS_ROWS]
-            out = sample(self.model.logits(hidden[begin : begin + LOGITS_ROWS]), part, self._tokens, edits, allowed)
+            out = self._sample_rows(hidden[begin : begin + LOGITS_ROWS], part, edits, allowed)
             failed = out.token_ids < 0
             token_ids = np.where(failed, 0, out.token_ids)
             fits = part["total_len"] < self._token_rows.shape[1]
@@ -156,7 +178,7 @@ class Runner:
         none = np.array([], EDIT), np.array([], np.int32)
         for begin in range(0, len(rows), LOGITS_ROWS):
             part = rows[begin : begin + LOGITS_ROWS]
-            out = sample(self.model.logits(hidden[begin : begin + len(part)]), part, self._tokens, *none)
+            out = self._sample_rows(hidden[begin : begin + LOGITS_ROWS], part, *none)
             if (out.token_ids < 0).any():
                 result.failed.append(index)
                 return

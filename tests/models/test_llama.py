@@ -10,7 +10,7 @@ from tiny_models import TINY_MODELS
 from tqdm import tqdm
 
 from octavo.kernels.matmul import PackedWeight
-from octavo.models.batch import ForwardBatch
+from octavo.models.batch import Activations, ForwardBatch
 from octavo.models.config import read_config
 from octavo.models.llama import Llama
 from octavo.models.loader import load
@@ -52,7 +52,10 @@ class Paged:
             context_lens=lens.int(),
             block_tables=self.tables[rows].contiguous(),
         )
-        out = self.model.logits(self.model.forward(batch, self.kv_caches))
+        config, num_tokens = self.model.config, len(positions)
+        activations = Activations.empty(config, num_tokens, self.model.dtype)
+        self.model.forward(activations, batch, self.kv_caches)
+        out = self.model.logits(activations.normed, torch.empty((num_tokens, config.vocab_size)))
         return list(out.split((lens - starts).tolist()))
 
 
