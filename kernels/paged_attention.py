@@ -51,8 +51,9 @@ def paged_attention(
     num_kv_heads, block_size, head_size], tiles as `rotary_kv_write` leaves them; block_tables: [sequences, max_blocks]
     int32; token_begins: [sequences + 1] int32, where each sequence's tokens begin, and last their number; context_lens:
     [sequences] int32, cached tokens, the new ones (the last ones) included; window: a token sees itself and window - 1
-    before it, 0 for all. Returns [tokens, num_heads * head_size], in `out` if given. Block ids and lengths are not checked
-    against their ranges. Raises ValueError on a wrong argument. Online softmax: Milakov and Gimelshein, arXiv 1805.02867.
+    before it, 0 for all. Returns [tokens, num_heads * head_size], in `out` if given. Block ids and lengths are not
+    checked against their ranges. Raises ValueError on a wrong argument. Online softmax: Milakov and Gimelshein, arXiv
+    1805.02867.
     """
     check(kv_cache, "kv_cache", (None, 2, None, None, None), COMPUTE_DTYPES)
     _, _, num_kv_heads, block_size, head_size = kv_cache.shape

@@ -112,7 +112,7 @@ class Runner:
         batch.block_tables.numpy()[:num_sequences, :width] = self._table_rows[slots, :width]
 
     def _sample_rows(self, hidden: torch.Tensor, rows: np.ndarray, edits: np.ndarray, allowed: np.ndarray) -> Sampled:
-        logits = self.model.logits(hidden, self._logits[: len(rows)])
+        logits = self.model.logits(hidden[: len(rows)], self._logits[: len(rows)])
         return sample(logits, rows, self._tokens, edits, allowed)
 
     def _sample(
@@ -124,7 +124,7 @@ class Runner:
         edits, allowed = self._edits(rows)
         for begin in range(0, len(rows), LOGITS_ROWS):
             part = rows[begin : begin + LOGITS_ROWS]
-            out = self._sample_rows(hidden[begin : begin + LOGITS_ROWS], part, edits, allowed)
+            out = self._sample_rows(hidden[begin:], part, edits, allowed)
             failed = out.token_ids < 0
             token_ids = np.where(failed, 0, out.token_ids)
             fits = part["total_len"] < self._token_rows.shape[1]
@@ -178,7 +178,7 @@ class Runner:
         none = np.array([], EDIT), np.array([], np.int32)
         for begin in range(0, len(rows), LOGITS_ROWS):
             part = rows[begin : begin + LOGITS_ROWS]
-            out = self._sample_rows(hidden[begin : begin + LOGITS_ROWS], part, *none)
+            out = self._sample_rows(hidden[begin:], part, *none)
             if (out.token_ids < 0).any():
                 result.failed.append(index)
                 return
