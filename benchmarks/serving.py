@@ -483,7 +483,10 @@ async def measure(
     ignore_eos: bool = True,
     extra_body: dict[str, Any],
 ) -> dict[str, Any]:
-    """Warms up, drives the server once and gives the result; `args` holds the flags of `add_load_arguments`."""
+    """Warms up, drives the server once and gives the result.
+
+    `args` holds endpoint, temperature, seed, percentiles and the three lengths, as the flags are called.
+    """
     warmup_bodies, bodies = (
         make_bodies(
             some,
@@ -596,25 +599,15 @@ def json_object(text: str) -> dict[str, Any]:
     return value
 
 
-def add_load_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that say what is sent, shared with compare.py."""
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that compare.py has too."""
     add = parser.add_argument
     add("--endpoint", default="/v1/completions", choices=["/v1/completions", "/v1/chat/completions"])
-    add("--num-prompts", type=count, default=64, help="requests to measure (default: %(default)s)")
     add("--num-warmups", type=count_or_zero, default=1, help="requests before the clock starts (default: %(default)s)")
-    add("--input-len", type=count, default=256, help="prompt tokens of a request (default: %(default)s)")
-    add("--output-len", type=count, default=128, help="tokens to generate for a request (default: %(default)s)")
-    add("--shared-prefix-len", type=count_or_zero, default=0, help="prompt tokens that all requests have in common")
     add("--temperature", type=float, default=0.0, help="(default: %(default)s)")
     add("--seed", type=int, default=0, help="of prompts and arrivals; a repeated run finds its prompts cached")
-    add("--percentiles", type=percents, default=[50.0, 95.0, 99.0], metavar="P,P", help="(default: 50,95,99)")
     add("--timeout", type=positive, default=600.0, metavar="S", help="longest silence of a server (default: 600)")
-
-
-def check_lens(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuses a shared prefix that leaves a prompt no token of its own."""
-    if args.shared_prefix_len >= args.input_len:
-        parser.error(f"--shared-prefix-len {args.shared_prefix_len} is not below --input-len {args.input_len}")
+    add("--save-result", type=Path, metavar="FILE", help="write the JSON to a file as well")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -640,9 +633,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--ignore-eos", action=argparse.BooleanOptionalAction, default=True, help="generate to the full length")
     add("--extra-body", type=json_object, default={}, metavar="JSON", help="fields to add; null removes a field")
     add("--label", help="a name for the result")
-    add("--save-result", type=Path, metavar="FILE", help="write the JSON to a file as well")
     add("--plot", type=Path, metavar="FILE", help="draw latency and throughput against concurrency (.png, .svg, .pdf)")
-    add_load_arguments(parser)
+    add("--num-prompts", type=count, default=64, help="requests to measure (default: %(default)s)")
+    add("--input-len", type=count, default=256, help="prompt tokens of a request (default: %(default)s)")
+    add("--output-len", type=count, default=128, help="tokens to generate for a request (default: %(default)s)")
+    add("--shared-prefix-len", type=count_or_zero, default=0, help="prompt tokens that all requests have in common")
+    add("--percentiles", type=percents, default=[50.0, 95.0, 99.0], metavar="P,P", help="(default: 50,95,99)")
+    add_common_arguments(parser)
     return parser
 
 
@@ -650,7 +647,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the benchmark; 1 if a request failed or it could not be run, 2 for wrong flags (by SystemExit)."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    check_lens(parser, args)
+    if args.shared_prefix_len >= args.input_len:
+        parser.error(f"--shared-prefix-len {args.shared_prefix_len} is not below --input-len {args.input_len}")
     try:
         for path in filter(None, (args.plot, args.save_result)):  # better said before the run than after
             if not path.parent.is_dir():
