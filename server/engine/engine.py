@@ -17,6 +17,7 @@ from octavo.models.loader import CheckpointError, load
 from octavo.models.memory import kv_block_bytes, num_parameters, state_bytes, weight_bytes, workspace_bytes
 from octavo.server.config import MIB, EngineConfig
 from octavo.server.engine.channel import EngineInfo, EngineStats
+from octavo.server.engine.pacing import Pacer
 from octavo.server.engine.plan import StepPlan
 from octavo.server.engine.request import Delta, GenerationRequest
 from octavo.server.engine.runner import Runner
@@ -119,6 +120,7 @@ class Engine:
             max_model_len=max_model_len,
             enable_prefix_caching=config.enable_prefix_caching,
         )
+        self._pacer = Pacer(config.max_num_batched_tokens)
         self._step_s = 0.0
         self.info = EngineInfo(
             model_name=folder.name,
@@ -150,13 +152,16 @@ class Engine:
         return self.scheduler.abort(request_id, choice_index)
 
     def step(self) -> list[Delta]:
-        """Plan, execute and apply one step; no deltas where nothing can run."""
+        """Plan, execute and apply one step, its prefill paced by the steps before; no deltas where nothing can run."""
         begin = time.monotonic()
-        plan: StepPlan | None = self.scheduler.plan_step(begin)
+        max_prefill_tokens = self._pacer.max_prefill_tokens(self.scheduler.num_decoding)
+        plan: StepPlan | None = self.scheduler.plan_step(begin, max_prefill_tokens)
         if plan is None:
             return []
         deltas = self.scheduler.apply(self.runner.execute(plan), plan)
         self._step_s = time.monotonic() - begin
+        num_decodes = plan.nums.count(1)
+        self._pacer.observe(num_decodes, sum(plan.nums) - num_decodes, self._step_s)
         return deltas
 
     def stats(self) -> EngineStats:

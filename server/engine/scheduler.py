@@ -3,10 +3,11 @@
 The unit is the choice. There are no phases: a choice has fewer computed tokens than tokens, and every step hands out a
 token budget, first to running choices in the order of their admission, then to waiting ones in the order of the queue.
 
-A choice is in one of three places, each a dictionary (request id, choice index) -> choice:
+A choice is in one of three places, each a dictionary with choices as keys and in an order:
 
-- deferred: waits until choice 0 of its request has computed the blocks that they will share;
 - waiting: may be admitted; preempted choices and former deferred ones stand at the head;
+- deferred: came to the head of the queue while a running choice was computing blocks that both begin with, be it of the
+  same request or of another; back in the queue once these blocks are in the prefix cache or that choice runs no more;
 - running: holds a slot and blocks.
 
 Steps may be planned ahead of the results of earlier ones. What a planned step uses stays in place until that step is
@@ -21,8 +22,6 @@ from octavo.server.engine.plan import NewChoice, StepPlan, StepResult
 from octavo.server.engine.prefix_cache import PrefixCache, extend_hashes
 from octavo.server.engine.request import Delta, FinishReason, GenerationRequest, TokenLogprobs
 
-_Key = tuple[str, int]  # request id, choice index
-
 
 @dataclass(slots=True, eq=False)
 class _Choice:
@@ -33,8 +32,9 @@ class _Choice:
     salt: str
     token_ids: list[int]  # prompt, then committed tokens
     hashes: list[bytes]  # of all full blocks of token_ids
+    num_prompt_tokens: int
     max_len: int  # the choice ends when it has this many tokens
-    num_shared: int  # prompt tokens in blocks that choices of the request share
+    num_computable: int  # tokens that are ever computed: the last one before max_len is not, but all of the prompt
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     slot: int = -1
     blocks: list[int] = field(default_factory=list)
@@ -51,22 +51,9 @@ class _Choice:
     scheduled_s: float | None = None  # of the first admission
 
     @property
-    def key(self) -> _Key:
-        return self.request.request_id, self.index
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        return len(self.request.prompt_token_ids)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens known, and those that planned steps will sample."""
-        return len(self.token_ids) + self.num_unknown
-
-    @property
     def num_plannable(self) -> int:
-        """Tokens that the next step could compute. The last token before max_len needs no computing."""
-        return min(self.num_tokens, max(self.max_len - 1, self.num_prompt_tokens)) - self.num_planned
+        """Tokens that the next step could compute: of those known, and those that planned steps will sample."""
+        return min(len(self.token_ids) + self.num_unknown, self.num_computable) - self.num_planned
 
     @property
     def reads_cache(self) -> bool:
@@ -102,9 +89,11 @@ class Scheduler:
         self._pool = BlockPool(num_blocks)
         self._cache = PrefixCache(self._pool)
         self._choices: dict[str, dict[int, _Choice]] = {}  # request id -> choice index -> choice that has not ended
-        self._deferred: dict[_Key, _Choice] = {}
-        self._waiting: OrderedDict[_Key, _Choice] = OrderedDict()
-        self._running: dict[_Key, _Choice] = {}  # in the order of admission
+        self._waiting: OrderedDict[_Choice, None] = OrderedDict()
+        self._deferred: dict[_Choice, None] = {}
+        self._running: dict[_Choice, None] = {}  # in the order of admission
+        self._computing: dict[bytes, _Choice] = {}  # hash of a full block, not cached -> running choice to compute it
+        self._awaiting: dict[bytes, list[_Choice]] = {}  # hash in _computing -> choices deferred for it, in order
         self._slots: list[_Choice | None] = [None] * max_num_seqs
         self._free_slots = list(range(max_num_seqs))[::-1]
         self._num_requests = 0
@@ -123,6 +112,11 @@ class Scheduler:
         """Whether a choice has not ended. If so, and every planned step is applied, `plan_step` gives a plan."""
         return bool(self._choices)
 
+    @property
+    def num_decoding(self) -> int:
+        """Running choices of which the next step could compute one token, and no more."""
+        return sum(choice.num_plannable == 1 for choice in self._running)
+
     def add(self, request: GenerationRequest) -> None:
         """Queues the choices of a valid request whose id is not in use."""
         assert request.request_id not in self._choices, f"request id {request.request_id} is in use"
@@ -130,7 +124,7 @@ class Scheduler:
         # Without prefix caching the choices of one request still share its blocks, under a salt nobody else has.
         salt = request.cache_salt if self._enable_prefix_caching else str(self._num_requests)
         num_prompt_tokens = len(request.prompt_token_ids)
-        num_shared = (num_prompt_tokens - 1) // self._block_size * self._block_size
+        max_len = min(num_prompt_tokens + request.params.max_tokens, self._max_model_len)
         hashes: list[bytes] = []
         extend_hashes(hashes, request.prompt_token_ids, self._block_size, salt)
         choices = self._choices[request.request_id] = {}
@@ -141,12 +135,12 @@ class Scheduler:
                 salt=salt,
                 token_ids=list(request.prompt_token_ids),
                 hashes=list(hashes),
-                max_len=min(num_prompt_tokens + request.params.max_tokens, self._max_model_len),
-                num_shared=num_shared,
+                num_prompt_tokens=num_prompt_tokens,
+                max_len=max_len,
+                num_computable=max(max_len - 1, num_prompt_tokens),
                 prompt_logprobs=[None] if index == 0 and request.params.prompt_logprobs is not None else None,
             )
-            queue = self._deferred if index and num_shared else self._waiting
-            queue[choice.key] = choice
+            self._waiting[choice] = None
 
     def abort(self, request_id: str, choice_index: int | None = None) -> list[Delta]:
         """Ends one choice (no delta: who asked has ended it already), or all of a request (one delta for each).
@@ -158,28 +152,57 @@ class Scheduler:
             if choice_index in choices:
                 self._end(choices[choice_index])
             return []
-        # From the last to the first: choice 0 would wake its siblings for nothing.
+        # From the last to the first: the first would wake its siblings for nothing.
         for choice in (aborted := list(choices.values()))[::-1]:
             self._end(choice)
         return [self._delta(choice, [], finish_reason=FinishReason.ABORT) for choice in aborted]
 
-    def plan_step(self, now_s: float) -> StepPlan | None:
+    def plan_step(self, now_s: float, max_prefill_tokens: int | None = None) -> StepPlan | None:
         """The next step, or None if nothing can be computed before a result is applied or a request is added.
 
         `now_s` is the time.monotonic() that choices admitted in this step report as `scheduled_s`.
+        `max_prefill_tokens` limits, within the token budget, what is spent on running choices that compute more than
+        one token and on those admitted. With 0 there may be no plan though there would be one with more.
         """
         plan = StepPlan(epoch=self._epoch, step=self._num_planned_steps + 1)
-        budget = self._max_num_batched_tokens
+        budget = prefill_budget = self._max_num_batched_tokens
+        if max_prefill_tokens is not None:
+            prefill_budget = min(budget, max_prefill_tokens)
         num_preemptions = self._num_preemptions
-        for choice in list(self._running.values()):
-            if choice.key not in self._running:
+        for choice in list(self._running):
+            if choice not in self._running:
                 break  # preempted in this loop, as is everything behind it
-            num = min(choice.num_plannable, budget)
-            if num and self._make_room(choice, num):
-                budget -= self._plan_choice(plan, choice, num, [])
-        # What a preemption has freed is for the choices that run, so nothing is admitted beside it.
-        while budget and self._waiting and self._free_slots and num_preemptions == self._num_preemptions:
-            num = self._admit(plan, next(iter(self._waiting.values())), budget, now_s)
+            num = choice.num_plannable
+            prefills = num > 1
+            num = min(num, budget, prefill_budget) if prefills else min(num, budget)
+            if not num:
+                continue
+            num_new_blocks = self._num_blocks_for(choice.num_planned + num) - len(choice.blocks)
+            if num_new_blocks <= self._pool.num_free or self._make_room(choice, num_new_blocks):
+                self._plan_choice(plan, choice, num, num_new_blocks, [])
+                budget -= num
+                if prefills:
+                    prefill_budget -= num
+        budget = min(budget, prefill_budget)
+        # What a preemption has freed is for the choices that run, so nothing is admitted beside it. Nor are more
+        # choices deferred than can run: they would have held every slot, so nobody behind them waits longer than if
+        # they had not been deferred, and what a step does about those who wait stays bounded.
+        while (
+            budget
+            and self._waiting
+            and self._free_slots
+            and len(self._deferred) < len(self._slots)
+            and num_preemptions == self._num_preemptions
+        ):
+            choice = next(iter(self._waiting))
+            if choice.leaving:
+                break
+            # At least the last token is computed: its logits are what the choice waits for.
+            num_reusable = (len(choice.token_ids) - 1) // self._block_size if choice.reads_cache else 0
+            matched = self._cache.match(choice.hashes[:num_reusable])
+            if self._defer(choice, len(matched), num_reusable):
+                continue
+            num = self._admit(plan, choice, matched, budget, now_s)
             if not num:
                 break
             budget -= num
@@ -196,14 +219,15 @@ class Scheduler:
         self._step_tokens = sum(plan.nums)
         deltas = []
         token_ids = iter(result.token_ids)
-        for index, slot in enumerate(plan.slots):
+        columns = zip(plan.slots, plan.starts, plan.nums, plan.samples, strict=True)
+        for index, (slot, start, num, samples) in enumerate(columns):
             choice = self._slots[slot]
             assert choice is not None, f"slot {slot} was freed under a planned step"
-            new_token_ids = [next(token_ids)] if plan.samples[index] else []
+            new_token_ids = [next(token_ids)] if samples else []
             choice.num_in_flight -= 1
-            choice.num_unknown -= len(new_token_ids)
+            choice.num_unknown -= samples
             if not choice.finished:
-                delta = self._commit(choice, plan.starts[index] + plan.nums[index], new_token_ids, index, result)
+                delta = self._commit(choice, start + num, new_token_ids, index, result)
                 if delta is not None:
                     deltas.append(delta)
             if choice.leaving and not choice.num_in_flight:
@@ -237,44 +261,60 @@ class Scheduler:
             assert num_refs[block] == self._pool.num_refs(block), f"block {block}: references and owners differ"
         assert sorted(self._free_slots) == [s for s, choice in enumerate(self._slots) if choice is None], "slots leak"
         for choice in holders:
-            assert choice.leaving != (self._running.get(choice.key) is choice), "a holder of a slot runs or leaves"
+            assert choice.leaving != (choice in self._running), "a holder of a slot runs or leaves"
             assert len(choice.blocks) == self._num_blocks_for(choice.num_planned), "table does not fit the tokens"
             # Blocks not known to be full and computed are written to: nobody else may hold them.
             for block in choice.blocks[choice.num_inserted :]:
                 assert num_refs[block] == 1, f"block {block} is written by one of {num_refs[block]} owners"
-        places = (self._deferred, self._waiting, self._running)
-        live = {choice.key for choices in self._choices.values() for choice in choices.values()}
+        places = (self._waiting, self._deferred, self._running)
+        live = {choice for choices in self._choices.values() for choice in choices.values()}
         assert sum(map(len, places)) == len(live), "a choice is in no place or in two"
-        assert live == {key for place in places for key in place}, "a place holds a choice that has ended"
+        assert live == {choice for place in places for choice in place}, "a place holds a choice that has ended"
+        for block_hash, choice in self._computing.items():
+            assert choice in self._running, "a block is to be computed by a choice that does not run"
+            assert block_hash in choice.hashes[choice.num_inserted :], "a block to be computed is computed"
+        assert self._awaiting.keys() <= self._computing.keys(), "a block is awaited that nobody computes"
+        awaiting = Counter(choice for choices in self._awaiting.values() for choice in choices)
+        assert all(awaiting[choice] == 1 for choice in self._deferred), "a deferred choice awaits no block, or two"
 
     def _num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_size)
 
-    def _make_room(self, choice: _Choice, num: int) -> bool:
-        """Sees to it that the blocks for `num` more tokens of a running choice are free, by preemption if need be.
+    def _make_room(self, choice: _Choice, num_new_blocks: int) -> bool:
+        """Sees to it that so many blocks are free for a running choice, by preemption if need be.
 
         False: the choice was preempted itself, or must wait for blocks that planned steps still use.
         """
-        num_needed = self._num_blocks_for(choice.num_planned + num) - len(choice.blocks)
-        while num_needed > self._pool.num_free:
+        while num_new_blocks > self._pool.num_free:
             if any(holder is not None and holder.leaving for holder in self._slots):
                 return False
-            newest = next(reversed(self._running.values()))
+            newest = next(reversed(self._running))
             self._preempt(newest)
             if newest is choice:
                 return False
         return True
 
-    def _admit(self, plan: StepPlan, choice: _Choice, budget: int, now_s: float) -> int:
-        """Admits the head of the queue and returns how many tokens it computes in this step.
+    def _defer(self, choice: _Choice, num_matched: int, num_reusable: int) -> bool:
+        """Defers the head of the queue if a running choice is computing the block after those that are cached.
 
-        0: not now, because the blocks of its tokens are not all free, or because it still leaves.
+        Of the blocks [num_matched, num_reusable) it awaits the last one of those being computed, so that it is woken
+        once, however many there are.
         """
-        if choice.leaving:
-            return 0
-        # At least the last token is computed: its logits are what the choice waits for.
-        reusable = choice.hashes[: (len(choice.token_ids) - 1) // self._block_size] if choice.reads_cache else []
-        matched = self._cache.match(reusable)
+        num = num_matched
+        while num < num_reusable and choice.hashes[num] in self._computing:
+            num += 1
+        if num == num_matched:
+            return False
+        del self._waiting[choice]
+        self._deferred[choice] = None
+        self._awaiting.setdefault(choice.hashes[num - 1], []).append(choice)
+        return True
+
+    def _admit(self, plan: StepPlan, choice: _Choice, matched: list[int], budget: int, now_s: float) -> int:
+        """Admits the head of the queue, of which `matched` are cached, and returns how many tokens this step computes.
+
+        0: not now, because the blocks of its tokens are not all free.
+        """
         start = len(matched) * self._block_size
         num = min(len(choice.token_ids) - start, budget)
         num_free = self._pool.num_free - sum(map(self._pool.is_free, matched))
@@ -283,13 +323,15 @@ class Scheduler:
             return 0
         for block in matched:
             self._pool.share(block)
-        del self._waiting[choice.key]
-        self._running[choice.key] = choice
+        del self._waiting[choice]
+        self._running[choice] = None
         choice.slot = self._free_slots.pop()
         self._slots[choice.slot] = choice
         choice.blocks = matched.copy()
         choice.num_planned = start
         choice.num_inserted = len(matched)
+        for block_hash in choice.hashes[len(matched) :]:
+            self._computing.setdefault(block_hash, choice)
         self._count_admission(choice, now_s)
         plan.new_choices.append(
             NewChoice(
@@ -300,9 +342,8 @@ class Scheduler:
                 choice.request.params,
             )
         )
-        if start >= choice.num_shared:
-            self._wake_siblings(choice)
-        return self._plan_choice(plan, choice, num, matched)
+        self._plan_choice(plan, choice, num, self._num_blocks_for(start + num) - len(matched), matched)
+        return num
 
     def _count_admission(self, choice: _Choice, now_s: float) -> None:
         num_cached_tokens = min(choice.num_planned, choice.num_prompt_tokens)
@@ -316,41 +357,48 @@ class Scheduler:
             self._prompt_tokens_cached += num_cached_tokens - choice.num_prompt_counted
             choice.num_prompt_counted = num_cached_tokens
 
-    def _plan_choice(self, plan: StepPlan, choice: _Choice, num: int, matched: list[int]) -> int:
+    def _plan_choice(self, plan: StepPlan, choice: _Choice, num: int, num_new_blocks: int, matched: list[int]) -> None:
         """Adds tokens [num_planned, num_planned + num) of a choice to the plan, for which blocks are free."""
-        new_blocks = self._pool.allocate(self._num_blocks_for(choice.num_planned + num) - len(choice.blocks))
-        choice.blocks += new_blocks
-        if matched or new_blocks:
+        if num_new_blocks or matched:
+            new_blocks = self._pool.allocate(num_new_blocks)
+            choice.blocks += new_blocks
             plan.new_blocks.append((choice.slot, matched + new_blocks))
         plan.slots.append(choice.slot)
         plan.starts.append(choice.num_planned)
         plan.nums.append(num)
         choice.num_planned += num
-        samples = choice.num_planned == choice.num_tokens and choice.request.params.max_tokens > 0
+        num_tokens = len(choice.token_ids) + choice.num_unknown
+        samples = choice.num_planned == num_tokens and choice.request.params.max_tokens > 0
         plan.samples.append(samples)
         choice.num_unknown += samples
         choice.num_in_flight += 1
-        return num
 
     def _preempt(self, choice: _Choice) -> None:
         """Sends a running choice back to the head of the queue, its tokens to be computed again."""
         self._num_preemptions += 1
         choice.num_preemptions += 1
-        del self._running[choice.key]
+        del self._running[choice]
+        self._stop_computing(choice)
         self._put_first(choice)
         self._leave(choice)
 
     def _put_first(self, choice: _Choice) -> None:
-        self._waiting[choice.key] = choice
-        self._waiting.move_to_end(choice.key, last=False)
+        self._waiting[choice] = None
+        self._waiting.move_to_end(choice, last=False)
 
-    def _wake_siblings(self, choice: _Choice) -> None:
-        """Lets the deferred choices of a request into the queue: ahead of all, in order."""
-        request = choice.request
-        if choice.index == 0:
-            for index in range(request.n - 1, 0, -1):
-                if (sibling := self._deferred.pop((request.request_id, index), None)) is not None:
-                    self._put_first(sibling)
+    def _stop_computing(self, choice: _Choice) -> None:
+        """Lets go on who awaits blocks that a choice would have computed, which does not run any more."""
+        for block_hash in reversed(choice.hashes[choice.num_inserted :]):
+            if self._computing.get(block_hash) is choice:
+                self._wake(block_hash)
+
+    def _wake(self, block_hash: bytes) -> None:
+        """Lets the choices that await a block into the queue: ahead of all, in order."""
+        del self._computing[block_hash]
+        for choice in reversed(self._awaiting.pop(block_hash, [])):
+            if choice in self._deferred:  # it may have been aborted
+                del self._deferred[choice]
+                self._put_first(choice)
 
     def _end(self, choice: _Choice) -> None:
         choice.finished = True
@@ -358,11 +406,13 @@ class Scheduler:
         del choices[choice.index]
         if not choices:
             del self._choices[choice.request.request_id]
-        for place in (self._deferred, self._waiting, self._running):
-            place.pop(choice.key, None)
+        self._waiting.pop(choice, None)
+        self._deferred.pop(choice, None)
+        if choice in self._running:
+            del self._running[choice]
+            self._stop_computing(choice)
         if choice.slot >= 0:
             self._leave(choice)
-        self._wake_siblings(choice)
 
     def _leave(self, choice: _Choice) -> None:
         choice.leaving = True
@@ -391,7 +441,8 @@ class Scheduler:
             return self._delta(choice, [], finish_reason=FinishReason.ERROR)
         self._commit_computed(choice, num_computed, result.prompt_logprobs.get(index, []))
         choice.token_ids += new_token_ids
-        extend_hashes(choice.hashes, choice.token_ids, self._block_size, choice.salt)
+        if len(choice.token_ids) >= (len(choice.hashes) + 1) * self._block_size:
+            extend_hashes(choice.hashes, choice.token_ids, self._block_size, choice.salt)
         self._generation_tokens += len(new_token_ids)
         finish_reason, stop_token_id = self._finish_reason(choice, new_token_ids)
         if num_computed < choice.num_prompt_tokens or not (new_token_ids or finish_reason):
@@ -418,10 +469,11 @@ class Scheduler:
             if (num_new := end - len(choice.prompt_logprobs)) > 0:
                 choice.prompt_logprobs += prompt_logprobs[-num_new:]
         while choice.num_inserted < num_computed // self._block_size:
-            self._cache.insert(choice.hashes[choice.num_inserted], choice.blocks[choice.num_inserted])
+            block_hash = choice.hashes[choice.num_inserted]
+            self._cache.insert(block_hash, choice.blocks[choice.num_inserted])
             choice.num_inserted += 1
-        if num_computed >= choice.num_shared:
-            self._wake_siblings(choice)
+            if block_hash in self._computing:
+                self._wake(block_hash)
 
     def _finish_reason(self, choice: _Choice, new_token_ids: list[int]) -> tuple[FinishReason | None, int | None]:
         """Why the choice ends with its newest token, if it does, and the id in stop_token_ids that ended it."""

@@ -32,8 +32,8 @@ def request(name: str, prompt: int | list[int], *, n: int = 1, salt: str = "", *
     return GenerationRequest(name, prompt, SamplingParams(**({"max_tokens": 8} | params)), n, salt)
 
 
-def plan_of(scheduler: Scheduler, now_s: float = 0.0) -> StepPlan:
-    plan = scheduler.plan_step(now_s)
+def plan_of(scheduler: Scheduler, now_s: float = 0.0, max_prefill_tokens: int | None = None) -> StepPlan:
+    plan = scheduler.plan_step(now_s, max_prefill_tokens)
     assert plan is not None
     return plan
 
@@ -59,6 +59,10 @@ def columns(plan: StepPlan) -> list[tuple[int, int, int, bool]]:
 
 def ends(deltas: list[Delta]) -> list[tuple[str, int, FinishReason | None]]:
     return [(delta.request_id, delta.choice_index, delta.finish_reason) for delta in deltas]
+
+
+def waiting(scheduler: Scheduler) -> list[str]:
+    return [choice.request.request_id for choice in scheduler._waiting]
 
 
 def drain(scheduler: Scheduler) -> list[Delta]:
@@ -234,6 +238,49 @@ def test_the_first_delta_says_when_the_choice_first_ran() -> None:
     assert [delta.scheduled_s for delta in deltas] == [1.5, None]
 
 
+# Limited prefill
+
+
+def test_the_prefill_limit_spares_decodes() -> None:
+    scheduler = make(max_num_batched_tokens=16)
+    scheduler.add(request("a", 5))
+    scheduler.add(request("b", 2))
+    step(scheduler)
+    scheduler.add(request("c", 20))
+    scheduler.add(request("d", 3))
+    assert scheduler.num_decoding == 2
+    seen = []
+    for limit in (8, 0, 8, 8):
+        plan = plan_of(scheduler, max_prefill_tokens=limit)
+        seen.append(columns(plan))
+        apply(scheduler, plan)
+    assert seen == [
+        [(0, 5, 1, True), (1, 2, 1, True), (2, 0, 8, False)],
+        [(0, 6, 1, True), (1, 3, 1, True)],
+        [(0, 7, 1, True), (1, 4, 1, True), (2, 8, 8, False)],
+        [(0, 8, 1, True), (1, 5, 1, True), (2, 16, 4, True), (3, 0, 3, True)],
+    ]
+    assert scheduler.num_decoding == 4
+
+
+def test_a_limited_prefill_leaves_the_budget_to_decodes_behind_it() -> None:
+    scheduler = make(max_num_batched_tokens=8)
+    scheduler.add(request("a", 20))
+    step(scheduler)
+    scheduler.add(request("b", 1))
+    assert columns(plan := plan_of(scheduler)) == [(0, 8, 8, False)]
+    apply(scheduler, plan)
+    plan = plan_of(scheduler, max_prefill_tokens=5)
+    assert columns(plan) == [(0, 16, 4, True), (1, 0, 1, True)]
+
+
+def test_nothing_but_prefill_and_none_allowed_gives_no_plan() -> None:
+    scheduler = make()
+    scheduler.add(request("a", 5))
+    assert scheduler.plan_step(0.0, 0) is None
+    assert columns(step(scheduler)[0]) == [(0, 0, 5, True)]
+
+
 # Prefix cache
 
 
@@ -272,11 +319,11 @@ def test_a_block_is_offered_only_when_it_is_computed() -> None:
     scheduler.add(request("a", list(range(9))))
     first = plan_of(scheduler)
     scheduler.add(request("b", list(range(9))))
+    scheduler.add(request("c", list(range(9)), prompt_logprobs=0))
     second = plan_of(scheduler)  # planned before the first is applied
-    assert columns(second)[-1] == (1, 0, 9, True)
+    assert columns(second) == [(0, 9, 1, True), (1, 0, 9, True)]  # c cannot use what it would wait for
     apply(scheduler, first)
     apply(scheduler, second)
-    scheduler.add(request("c", list(range(9))))
     assert columns(step(scheduler)[0])[-1] == (2, 8, 1, True)
 
 
@@ -343,10 +390,11 @@ def test_siblings_wait_for_the_prompt_then_share_its_full_blocks() -> None:
     scheduler.add(request("b", 2))
     plan, _ = step(scheduler)
     assert columns(plan) == [(0, 0, 6, False)]
-    assert (scheduler.stats()["num_waiting"], scheduler.stats()["num_deferred"]) == (3, 2)
-    plan, _ = step(scheduler)  # the prompt's two full blocks are done after this step; b uses what is left of it
+    plan = plan_of(scheduler)  # the prompt's two full blocks are done after this step; b uses what is left of it
     assert columns(plan) == [(0, 6, 4, True), (1, 0, 2, True)]
-    assert scheduler.stats()["num_deferred"] == 0
+    assert (scheduler.stats()["num_waiting"], scheduler.stats()["num_deferred"]) == (2, 2)
+    apply(scheduler, plan)
+    assert (scheduler.stats()["num_waiting"], scheduler.stats()["num_deferred"]) == (2, 0)
     plan, deltas = step(scheduler)
     assert columns(plan) == [(0, 10, 1, True), (1, 2, 1, True), (2, 8, 2, True), (3, 8, 2, True)]
     assert [(new.slot, new.choice_index) for new in plan.new_choices] == [(2, 1), (3, 2)]
@@ -400,6 +448,127 @@ def test_siblings_share_without_prefix_caching_too() -> None:
     assert plan.new_blocks[-1] == (2, [0, 1, 6])  # b's third block is 5
 
 
+# A prefix that several requests begin with
+
+
+def deferred(scheduler: Scheduler) -> list[str]:
+    return [choice.request.request_id for choice in scheduler._deferred]
+
+
+def test_a_shared_prefix_is_computed_once() -> None:
+    scheduler = make(num_blocks=64, max_num_seqs=8, max_num_batched_tokens=64, max_model_len=64)
+    for i in range(8):
+        scheduler.add(request(f"{i}", [*range(32), 100 + i], max_tokens=1))
+    scheduler.add(request("z", 5, max_tokens=1))
+    plan, _ = step(scheduler)
+    assert columns(plan) == [(0, 0, 33, True), (1, 0, 5, True)]  # z shares nothing and does not wait
+    plan, deltas = step(scheduler)
+    assert list(zip(plan.starts, plan.nums, strict=True)) == [(32, 1)] * 7
+    assert [delta.request_id for delta in deltas] == [f"{i}" for i in range(1, 8)]  # in the order of arrival
+    assert scheduler.stats()["prompt_tokens_computed"] == 33 + 5 + 7
+
+
+def test_who_shares_waits_for_the_last_block_that_both_begin_with() -> None:
+    scheduler = make(max_num_batched_tokens=64)
+    scheduler.add(request("a", list(range(30)), max_tokens=1))
+    first = plan_of(scheduler, max_prefill_tokens=8)
+    scheduler.add(request("b", [*range(22), 50, 51]))  # five full blocks in common
+    scheduler.add(request("c", 3))
+    second = plan_of(scheduler, max_prefill_tokens=8)
+    third = plan_of(scheduler, max_prefill_tokens=24)
+    assert columns(third) == [(0, 16, 14, True), (1, 0, 3, True)]
+    apply(scheduler, first)
+    apply(scheduler, second)
+    assert deferred(scheduler) == ["b"]  # four of the five are done
+    apply(scheduler, third)
+    assert columns(step(scheduler)[0]) == [(1, 3, 1, True), (0, 20, 4, True)]
+
+
+def test_who_shares_is_deferred_while_the_step_has_room() -> None:
+    scheduler = make(max_num_batched_tokens=16)
+    scheduler.add(request("a", list(range(14)), max_tokens=1))
+    scheduler.add(request("b", [*range(9), 50, 51]))
+    scheduler.add(request("c", [*range(5), 60], n=2))
+    scheduler.add(request("d", [*range(9), 70, 71]))
+    plan = plan_of(scheduler)
+    assert columns(plan) == [(0, 0, 14, True)]
+    assert deferred(scheduler) == ["b", "c", "c", "d"] and waiting(scheduler) == []
+    apply(scheduler, plan)
+    assert sorted(waiting(scheduler)) == ["b", "c", "c", "d"] and deferred(scheduler) == []
+    assert sorted(step(scheduler)[0].starts) == [4, 4, 8, 8]
+
+
+def test_nobody_waits_for_a_prefix_of_another_salt_or_of_less_than_a_block() -> None:
+    scheduler = make(max_num_batched_tokens=32)
+    scheduler.add(request("a", list(range(9)), salt="x"))
+    scheduler.add(request("b", list(range(9)), salt="y"))
+    scheduler.add(request("c", [*range(3), 50, 51], salt="x"))
+    assert columns(step(scheduler)[0]) == [(0, 0, 9, True), (1, 0, 9, True), (2, 0, 5, True)]
+
+
+@pytest.mark.parametrize("way", ["aborted", "failed", "preempted"])
+def test_those_who_share_go_on_when_the_one_that_computes_is_gone(way: str) -> None:
+    scheduler = make(num_blocks=8, max_num_batched_tokens=32)
+    scheduler.add(request("o", 3, max_tokens=9))
+    step(scheduler)
+    for name in "abc":
+        scheduler.add(request(name, [*range(24), ord(name)], max_tokens=2))
+    scheduler.add(request("d", 2, max_tokens=1))
+    plan = plan_of(scheduler)  # all blocks are in use now
+    assert columns(plan) == [(0, 3, 1, True), (1, 0, 25, True)]
+    assert (deferred(scheduler), waiting(scheduler)) == (["b", "c"], ["d"])
+    if way == "aborted":
+        scheduler.abort("a", 0)
+    if way == "preempted":
+        assert scheduler.plan_step(0.0) is None  # o needs a block
+        assert waiting(scheduler) == ["a", "b", "c", "d"]
+    else:
+        apply(scheduler, plan, failed=[1] if way == "failed" else [])
+        assert waiting(scheduler) == ["b", "c", "d"]
+    scheduler.check()
+    if way == "preempted":
+        apply(scheduler, plan)
+    gone = {"a"} if way == "preempted" else set()
+    assert {delta.request_id for delta in drain(scheduler) if delta.finish_reason == "length"} == {*"obcd"} | gone
+
+
+def test_the_end_of_another_that_computes_the_same_wakes_nobody() -> None:
+    scheduler = make(max_num_batched_tokens=32)
+    scheduler.add(request("a", list(range(9))))
+    scheduler.add(request("l", list(range(9)), prompt_logprobs=0))
+    scheduler.add(request("b", list(range(9))))
+    plan = plan_of(scheduler)
+    assert columns(plan) == [(0, 0, 9, True), (1, 0, 9, True)]
+    scheduler.abort("l")
+    scheduler.check()
+    assert deferred(scheduler) == ["b"]
+    apply(scheduler, plan)
+    assert columns(step(scheduler)[0])[-1][1:] == (8, 1, True)
+
+
+def test_a_deferred_choice_may_be_aborted_and_its_id_come_again() -> None:
+    scheduler = make()
+    scheduler.add(request("a", list(range(9)), max_tokens=1))
+    scheduler.add(request("b", [*range(8), 50], max_tokens=1))
+    plan = plan_of(scheduler)
+    assert ends(scheduler.abort("b")) == [("b", 0, "abort")]
+    assert scheduler.stats()["num_deferred"] == 0
+    scheduler.add(request("b", 3, max_tokens=1))
+    apply(scheduler, plan)
+    assert waiting(scheduler) == ["b"]
+    assert ends(drain(scheduler)) == [("b", 0, "length")]
+
+
+def test_no_more_choices_are_deferred_than_can_run() -> None:
+    scheduler = make(max_num_seqs=3)
+    for i in range(10):
+        scheduler.add(request(f"{i}", [*range(8), 50 + i], max_tokens=1))
+    plan = plan_of(scheduler)
+    assert (scheduler.stats()["num_deferred"], scheduler.stats()["num_waiting"]) == (3, 9)
+    apply(scheduler, plan)
+    assert [delta.request_id for delta in drain(scheduler)] == [f"{i}" for i in range(1, 10)]
+
+
 # Prompt logprobs
 
 
@@ -428,12 +597,19 @@ def test_prompt_logprobs_do_not_read_the_cache_but_feed_it() -> None:
     step(scheduler)
     scheduler.add(request("b", list(range(9)), n=2, prompt_logprobs=1, max_tokens=0))
     plan = plan_of(scheduler)
-    assert columns(plan) == [(0, 0, 9, False)]
-    (delta,) = apply(scheduler, plan, prompt_logprobs=logprobs_for(plan, 0, 9))
-    assert (delta.num_cached_tokens, delta.prompt_logprobs) == (0, ALL_9)
-    plan, (delta,) = step(scheduler)
-    assert columns(plan) == [(0, 8, 1, False)]
-    assert (delta.choice_index, delta.num_cached_tokens, delta.prompt_logprobs) == (1, 8, None)
+    assert columns(plan) == [(0, 0, 9, False), (1, 8, 1, False)]
+    deltas = apply(scheduler, plan, prompt_logprobs=logprobs_for(plan, 0, 9))
+    assert [(delta.num_cached_tokens, delta.prompt_logprobs) for delta in deltas] == [(0, ALL_9), (8, None)]
+
+
+def test_prompt_logprobs_feed_those_who_wait_for_the_prompt() -> None:
+    scheduler = make()
+    scheduler.add(request("a", list(range(9)), n=2, prompt_logprobs=1, max_tokens=0))
+    scheduler.add(request("b", list(range(9)), max_tokens=1))
+    plan = plan_of(scheduler)
+    assert columns(plan) == [(0, 0, 9, False)] and scheduler.stats()["num_deferred"] == 2
+    apply(scheduler, plan, prompt_logprobs=logprobs_for(plan, 0, 9))
+    assert columns(step(scheduler)[0]) == [(0, 8, 1, False), (1, 8, 1, True)]
 
 
 def test_prompt_logprobs_of_one_token() -> None:
@@ -554,7 +730,7 @@ def test_every_choice_that_finds_no_block_preempts_the_newest() -> None:
     plan, _ = step(scheduler)  # a and b take the two blocks of d; c finds none and is the newest left
     assert plan.slots == [0, 1]
     assert scheduler.stats()["num_preemptions"] == 2
-    assert list(scheduler._waiting) == [("c", 0), ("d", 0)]
+    assert waiting(scheduler) == ["c", "d"]
 
 
 def test_admission_never_preempts_and_needs_the_whole_chunk() -> None:

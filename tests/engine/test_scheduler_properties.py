@@ -87,6 +87,7 @@ class PoolAndCache(RuleBasedStateMachine):
 
 VOCAB_SIZE, EOS, STOP = 16, 0, 1
 MAX_MODEL_LEN = 40
+PREFILL_LIMITS = st.sampled_from([None, None, 0, 1, 4, 7])
 
 
 def digest(*parts: object) -> int:
@@ -205,13 +206,14 @@ class Serving(RuleBasedStateMachine):
 
     BUDGET = 12
     MOST_AHEAD = 3
+    MAX_NUM_SEQS = 4
 
     def __init__(self) -> None:
         super().__init__()
         self.scheduler = Scheduler(
             num_blocks=MAX_MODEL_LEN // BLOCK_SIZE + 2,
             block_size=BLOCK_SIZE,
-            max_num_seqs=4,
+            max_num_seqs=self.MAX_NUM_SEQS,
             max_num_batched_tokens=self.BUDGET,
             max_model_len=MAX_MODEL_LEN,
             enable_prefix_caching=self.caching(),
@@ -266,13 +268,17 @@ class Serving(RuleBasedStateMachine):
             assert delta.finish_reason == FinishReason.ABORT
 
     @precondition(lambda self: len(self.planned) < self.MOST_AHEAD)
-    @rule()
-    def plan(self) -> None:
-        plan = self.scheduler.plan_step(0.0)
+    @rule(max_prefill_tokens=PREFILL_LIMITS)
+    def plan(self, max_prefill_tokens: int | None) -> None:
+        plan = self.scheduler.plan_step(0.0, max_prefill_tokens)
+        if plan is None and max_prefill_tokens == 0:
+            plan = self.scheduler.plan_step(0.0)
         if plan is None:
             assert self.planned or not self.scheduler.has_work, "nothing goes on"
             return
         assert 0 < sum(plan.nums) <= self.BUDGET and min(plan.nums) > 0
+        if max_prefill_tokens:
+            assert sum(num for num in plan.nums if num > 1) <= max_prefill_tokens
         assert len(set(plan.slots)) == len(plan.slots)
         self.planned.append(plan)
 
@@ -283,16 +289,16 @@ class Serving(RuleBasedStateMachine):
         for delta in self.scheduler.apply(self.ranks.execute(plan), plan):
             self.receive(delta)
 
-    @rule(num=st.integers(1, 10))
-    def run(self, num: int) -> None:
+    @rule(num=st.integers(1, 10), max_prefill_tokens=PREFILL_LIMITS)
+    def run(self, num: int, max_prefill_tokens: int | None) -> None:
         """Several steps at once, so that histories become long enough to matter."""
         for _ in range(num):
-            self.step()
+            self.step(max_prefill_tokens)
 
-    def step(self) -> None:
+    def step(self, max_prefill_tokens: int | None = None) -> None:
         """One more step, planned as far ahead as the history has it."""
         if len(self.planned) < self.MOST_AHEAD:
-            self.plan()
+            self.plan(max_prefill_tokens)
         self.invariants_hold()
         if self.planned:
             self.apply()
@@ -319,6 +325,7 @@ class Serving(RuleBasedStateMachine):
         assert all(stats[name] >= self.counters[name] for name in COUNTERS), "a counter went backwards"
         self.counters = stats
         assert stats["num_running"] + stats["num_waiting"] == num_live
+        assert stats["num_deferred"] <= self.MAX_NUM_SEQS
 
     def teardown(self) -> None:
         """Everything ends, with the very tokens of an undisturbed run, within a bound on steps."""
