@@ -13,16 +13,31 @@ from octavo.kernels.cpu.library import Args, address, launch, library
 PANEL = 16  # output columns that are stored together
 
 
+class _PackArgs(Args):
+    _fields_ = [
+        ("rows", ctypes.c_int64),
+        ("out", ctypes.c_void_p),
+        ("weight", ctypes.c_void_p),
+        ("row_begin", ctypes.c_int64),
+        ("panel_begin", ctypes.c_int64),
+        ("panel_step", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+        ("is_bf16", ctypes.c_int64),
+    ]
+
+
 @dataclass(slots=True)
 class PackedWeight:
     """A weight [n, k] in the order that the ops read: panels of 16 rows where native ops exist, else plain.
 
-    `data` holds ceil(n / 16) * 16 * k elements (or n * k, plain); rows past n are zero.
+    `data` holds ceil(n / 16) * 16 * k elements (or n * k, plain); rows past n are zero. The rows are `num_parts` parts
+    of equal size, whose panels take turns.
     """
 
     data: Tensor
     n: int
     k: int
+    num_parts: int = 1
 
     @property
     def dtype(self) -> torch.dtype:
@@ -30,24 +45,27 @@ class PackedWeight:
         return self.data.dtype
 
     def write_rows(self, begin: int, weight: Tensor) -> None:
-        """Place `weight` [rows, k] at rows [begin, begin + rows), converting to this dtype."""
+        """Place `weight` [rows, k] at rows [begin, begin + rows) of one part, converting to this dtype."""
         check(weight, "weight", (None, self.k), (*COMPUTE_DTYPES, torch.float16), contiguous=False)
-        rows = weight.shape[0]
-        if begin < 0 or begin + rows > self.n:
+        rows, part_size = weight.shape[0], self.n // self.num_parts
+        part, row_begin = divmod(begin, part_size)
+        if not 0 <= part < self.num_parts or row_begin + rows > part_size:
             raise ValueError(f"weight: rows [{begin}, {begin + rows}) do not fit the {self.n} rows that are packed")
         weight = weight.to(self.dtype).contiguous()
-        lib = library()
-        if lib is None:
+        if library() is None:
             self.data.view(-1, self.k)[begin : begin + rows] = weight
-        else:
-            lib.octavo_pack_weight(
-                ctypes.c_void_p(address(self.data)),
-                ctypes.c_void_p(address(weight)),
-                ctypes.c_int64(begin),
-                ctypes.c_int64(rows),
-                ctypes.c_int64(self.k),
-                self.dtype == torch.bfloat16,
-            )
+            return
+        args = _PackArgs(
+            rows,
+            address(self.data),
+            address(weight),
+            row_begin,
+            part,
+            self.num_parts,
+            self.k,
+            self.dtype == torch.bfloat16,
+        )
+        launch("octavo_pack_weight", args)
 
 
 def packed_bytes(n: int, k: int, dtype: torch.dtype) -> int:
@@ -56,13 +74,18 @@ def packed_bytes(n: int, k: int, dtype: torch.dtype) -> int:
     return rows * k * dtype.itemsize
 
 
-def empty_packed(n: int, k: int, dtype: torch.dtype) -> PackedWeight:
-    """A packed weight to be filled with `write_rows`. Raises ValueError for an odd k in bfloat16."""
+def empty_packed(n: int, k: int, dtype: torch.dtype, num_parts: int = 1) -> PackedWeight:
+    """A packed weight to be filled with `write_rows`.
+
+    Raises ValueError for an odd k in bfloat16, and for several parts that are not whole panels.
+    """
     if dtype not in COMPUTE_DTYPES:
         raise ValueError(f"dtype: is {dtype}, expected bfloat16 or float32")
     if k % 2 and dtype == torch.bfloat16:
         raise ValueError(f"k: is {k}, expected an even number in bfloat16")
-    return PackedWeight(torch.zeros(packed_bytes(n, k, dtype) // dtype.itemsize, dtype=dtype), n, k)
+    if num_parts > 1 and n % (num_parts * PANEL):
+        raise ValueError(f"n: is {n}, expected a multiple of {num_parts} parts of {PANEL}")
+    return PackedWeight(torch.zeros(packed_bytes(n, k, dtype) // dtype.itemsize, dtype=dtype), n, k, num_parts)
 
 
 class _Args(Args):
@@ -76,8 +99,9 @@ class _Args(Args):
         ("n", ctypes.c_int64),
         ("k", ctypes.c_int64),
         ("x_stride", ctypes.c_int64),
-        ("is_bf16", ctypes.c_int64),
-        ("out_is_bf16", ctypes.c_int64),
+        ("is_bf16", ctypes.c_int32),
+        ("out_is_bf16", ctypes.c_int32),
+        ("gated", ctypes.c_int64),
     ]
 
 
@@ -98,6 +122,8 @@ def matmul(
     out_dtype = out_dtype or x.dtype
     check(x, "x", (None, weight.k), weight.dtype, contiguous=False)
     m = x.shape[0]
+    if weight.num_parts != 1:
+        raise ValueError(f"weight: has {weight.num_parts} parts, expected 1")
     if bias is not None:
         check(bias, "bias", (weight.n,), torch.float32)
     if residual is not None:
@@ -105,8 +131,31 @@ def matmul(
     out = output(out, (m, weight.n), out_dtype)
     if library() is None:
         return out.copy_(reference.matmul(x, weight.data.view(-1, weight.k), bias, residual, out_dtype))
+    _launch(x, weight, bias, residual, out)
+    return out
+
+
+def gated_matmul(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """silu(gate) * up, where gate and up are the two halves of x @ weight.T + bias, in float32, rounded once.
+
+    x: [m, k], rows may be strided; weight: of two parts, gate first; bias: [n] float32. Returns [m, n / 2] in x's
+    dtype, in `out` if given. Raises ValueError on a wrong argument. Shazeer, arXiv 2002.05202.
+    """
+    check(x, "x", (None, weight.k), weight.dtype, contiguous=False)
+    if weight.num_parts != 2:
+        raise ValueError(f"weight: has {weight.num_parts} parts, expected 2")
+    if bias is not None:
+        check(bias, "bias", (weight.n,), torch.float32)
+    out = output(out, (x.shape[0], weight.n // 2), x.dtype)
+    if library() is None:
+        return out.copy_(reference.gated_matmul(x, weight.data.view(-1, weight.k), bias))
+    _launch(x, weight, bias, None, out)
+    return out
+
+
+def _launch(x: Tensor, weight: PackedWeight, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> None:
     args = _Args(
-        m,
+        x.shape[0],
         address(x),
         address(weight.data),
         address(bias),
@@ -116,7 +165,7 @@ def matmul(
         weight.k,
         x.stride(0),
         weight.dtype == torch.bfloat16,
-        out_dtype == torch.bfloat16,
+        out.dtype == torch.bfloat16,
+        weight.num_parts == 2,
     )
     launch("octavo_matmul", args)
-    return out

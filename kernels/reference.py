@@ -29,10 +29,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up. gate_up: [rows, 2 * size]."""
-    gate, up = gate_up.float().chunk(2, dim=-1)
-    return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)
+def gated_matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """silu(gate) * up of the halves of x @ weight.T + bias. x: [m, k], weight: [n, k]; returns [m, n / 2]."""
+    gate, up = matmul(x, weight, bias, None, torch.float32).chunk(2, dim=-1)
+    return (torch.nn.functional.silu(gate) * up).to(x.dtype)
 
 
 def rotary(x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:

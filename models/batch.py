@@ -53,7 +53,6 @@ class Activations:
     normed: Tensor  # [tokens, hidden]
     qkv: Tensor
     attended: Tensor  # [tokens, heads * head_size]
-    gate_up: Tensor
     gated: Tensor  # [tokens, intermediate]
 
     @classmethod
@@ -66,7 +65,7 @@ class Activations:
         return Activations(*(getattr(self, field.name)[:num_tokens] for field in fields(self)))
 
 
-def activation_widths(config: ModelConfig) -> tuple[int, int, int, int, int, int]:
+def activation_widths(config: ModelConfig) -> tuple[int, int, int, int, int]:
     """Elements per token of each buffer of `Activations`."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    return hidden, hidden, config.q_size + 2 * config.kv_size, config.q_size, 2 * inner, inner
+    hidden = config.hidden_size
+    return hidden, hidden, config.q_size + 2 * config.kv_size, config.q_size, config.intermediate_size

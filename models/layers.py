@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.embedding import embedding
-from octavo.kernels.matmul import PackedWeight, empty_packed, matmul
+from octavo.kernels.matmul import PackedWeight, empty_packed, gated_matmul, matmul
 from octavo.kernels.paged_attention import paged_attention
 from octavo.kernels.rms_norm import rms_norm, rms_norm_heads
 from octavo.kernels.rotary_kv_write import rotary_kv_write
-from octavo.kernels.silu_mul import silu_mul
 from octavo.models.batch import Activations, ForwardBatch
 from octavo.models.config import ModelConfig, RopeConfig
 
@@ -29,17 +28,24 @@ Parameters = dict[str, Parameter]  # checkpoint name -> parameter
 
 
 class Linear:
-    """out = x @ weight.T + bias; several checkpoint weights may be stacked along the outputs."""
+    """out = x @ weight.T + bias; several checkpoint weights may be stacked along the outputs.
 
-    def __init__(self, k: int, parts: dict[str, int], dtype: torch.dtype, bias: bool = False) -> None:
+    With `gated` they are two, and out = silu(first half) * second half.
+    """
+
+    def __init__(
+        self, k: int, parts: dict[str, int], dtype: torch.dtype, bias: bool = False, gated: bool = False
+    ) -> None:
         """k: inputs; parts: checkpoint module name -> outputs, stacked in this order."""
         self.parts = parts
         n = sum(parts.values())
-        self.weight = empty_packed(n, k, dtype)
+        self.weight = empty_packed(n, k, dtype, num_parts=2 if gated else 1)
         self.bias = torch.zeros(n, dtype=torch.float32) if bias else None
 
     def __call__(self, x: Tensor, out: Tensor, residual: Tensor | None = None) -> Tensor:
-        """x: [rows, k]; out: [rows, n], which also may be the residual that is added. Returns out."""
+        """x: [rows, k]; out: [rows, n] (or n / 2), which also may be the residual that is added. Returns out."""
+        if self.weight.num_parts == 2:
+            return gated_matmul(x, self.weight, self.bias, out)
         return matmul(x, self.weight, self.bias, residual, out=out)
 
     def parameters(self) -> Parameters:
@@ -141,12 +147,12 @@ class Mlp:
     def __init__(self, name: str, config: ModelConfig, dtype: torch.dtype) -> None:
         size = config.intermediate_size
         parts = {f"{name}.gate_proj": size, f"{name}.up_proj": size}
-        self.gate_up = Linear(config.hidden_size, parts, dtype, bias=config.mlp_bias)
+        self.gate_up = Linear(config.hidden_size, parts, dtype, bias=config.mlp_bias, gated=True)
         self.down = Linear(size, {f"{name}.down_proj": config.hidden_size}, dtype, bias=config.mlp_bias)
 
     def __call__(self, a: Activations) -> None:
         """Adds mlp(a.normed) to a.hidden."""
-        silu_mul(self.gate_up(a.normed, a.gate_up), a.gated)
+        self.gate_up(a.normed, a.gated)
         self.down(a.gated, a.hidden, residual=a.hidden)
 
     def parameters(self) -> Parameters:

@@ -18,13 +18,15 @@ struct Args {
     const void* weight;    // packed
     const float* bias;     // [n] or null
     const void* residual;  // as out, or null; may be out itself
-    void* out;             // [m, n]
-    int64_t n, k, x_stride, is_bf16, out_is_bf16;
+    void* out;             // [m, n]; gated: [m, n / 2]
+    int64_t n, k, x_stride;
+    int32_t is_bf16, out_is_bf16;
+    int64_t gated;  // panels alternate between gate and up; out = silu(gate) * up. Without residual, n / 2 % 16 = 0
 };
 
-// Bias and residual added in float32 to the 16 sums of one row and panel, then the one rounding.
+// The 16 sums of a row and panel: bias and residual added in float32, then the one rounding.
 template <typename O>
-void finish(const Args& a, int64_t row, int64_t panel, f32x16 v) {
+inline void finish(const Args& a, int64_t row, int64_t panel, f32x16 v) {
     const int64_t col = panel * LANES;
     const int width = (int)std::min<int64_t>(LANES, a.n - col);
     O* out = (O*)a.out + row * a.n + col;
@@ -43,6 +45,27 @@ void finish(const Args& a, int64_t row, int64_t panel, f32x16 v) {
     }
 }
 
+// The same for a panel of the gate and the one after it.
+template <typename O>
+inline void finish_gated(const Args& a, int64_t row, int64_t panel, f32x16 gate, f32x16 up) {
+    const int64_t col = panel / 2 * LANES, size = a.n / 2;
+    if (a.bias) {
+        gate = gate + load(a.bias + col);
+        up = up + load(a.bias + size + col);
+    }
+    store((O*)a.out + row * size + col, gate / (splat(1.0f) + exp(-gate)) * up);
+}
+
+// NP panels of a row, `step` floats apart.
+template <typename O, int NP>
+inline void finish_row(const Args& a, int64_t row, int64_t panel, const float* sums, int64_t step) {
+    if (a.gated)
+        for (int j = 0; j + 1 < NP; j += 2)
+            finish_gated<O>(a, row, panel + j, load(sums + j * step), load(sums + (j + 1) * step));
+    else
+        for (int j = 0; j < NP; j++) finish<O>(a, row, panel + j, load(sums + j * step));
+}
+
 template <typename T, typename O, int MR, int NP>
 void tile(const Args& a, int64_t row, int64_t panel) {
     constexpr int KS = STEP<T>;
@@ -59,8 +82,7 @@ void tile(const Args& a, int64_t row, int64_t panel) {
             for (int j = 0; j < NP; j++)
                 acc[i][j] = step(acc[i][j], x + i * a.x_stride + k, w + j * panel_size + k * LANES);
     }
-    for (int i = 0; i < MR; i++)
-        for (int j = 0; j < NP; j++) finish<O>(a, row + i, panel + j, acc[i][j]);
+    for (int i = 0; i < MR; i++) finish_row<O, NP>(a, row + i, panel, (const float*)acc[i], LANES);
 }
 
 // Accumulators that fit the registers: 32 of 512 bits, or 16 of 256 (a vector takes two).
@@ -97,7 +119,9 @@ void panels(const Args& a, int64_t begin, int64_t end) {
 #if defined(__AMX_BF16__)
 // By tiles: sums in tile registers 0 to 3, x in 4 and 5, weights in 6 and 7. A panel of a packed weight is a column of
 // right-hand tiles as it lies.
-constexpr int64_t TILE_ROWS = 16, TILE_K = 32;
+constexpr int64_t TILE_ROWS = 16, TILE_K = 32, LINE = 64;
+// Up to so many rows the time goes into streaming the weights: x is held, four panels go by at once.
+constexpr int64_t FEW_ROWS = 64;
 
 // x tile 4 and sums 0, 1 have `first` rows; x tile 5 and sums 2, 3 have `second`.
 void configure(int first, int second) {
@@ -107,20 +131,24 @@ void configure(int first, int second) {
     _tile_loadconfig(&config);
 }
 
-template <typename O>
-void finish_tile(const Args& a, const float* sums, int64_t row, int rows, int64_t panel) {
-    for (int i = 0; i < rows; i++) finish<O>(a, row + i, panel, load(sums + i * LANES));
-}
-
-// Up to 16 rows by NP panels.
+// Up to 16 rows by NP panels. With `again` the panels are in the cache from other rows, and memory is free to bring the
+// beginning of the next ones.
 template <typename O, int NP>
-void one_tile_row(const Args& a, int64_t row, int rows, int64_t panel) {
+void one_tile_row(const Args& a, int64_t row, int rows, int64_t panel, bool again) {
     const bf16* x = (const bf16*)a.x + row * a.x_stride;
     const int64_t panel_size = a.k * LANES;
     const bf16* w = (const bf16*)a.weight + panel * panel_size;
+    const char* next = (const char*)(w + NP * panel_size);
     zero_sums();
     for (int64_t k = 0; k < a.k; k += TILE_K) {
         const bf16* wk = w + k * LANES;
+        if (again) {
+            for (int j = 0; j < NP; j++) {
+                _mm_prefetch(next + j * panel_size * sizeof(bf16), _MM_HINT_T1);
+                _mm_prefetch(next + j * panel_size * sizeof(bf16) + LINE, _MM_HINT_T1);
+            }
+            next += 2 * LINE;
+        }
         _tile_loadd(4, x + k, a.x_stride * sizeof(bf16));
         _tile_loadd(6, wk, 64);
         _tile_dpbf16ps(0, 4, 6);
@@ -139,21 +167,26 @@ void one_tile_row(const Args& a, int64_t row, int rows, int64_t panel) {
     }
     alignas(64) float sums[4][TILE_ROWS * LANES];
     store_sums(sums[0], TILE_ROWS * LANES, LANES);
-    for (int j = 0; j < NP; j++) finish_tile<O>(a, sums[j], row, rows, panel + j);
+    for (int i = 0; i < rows; i++) finish_row<O, NP>(a, row + i, panel, sums[0] + i * LANES, TILE_ROWS * LANES);
 }
 
-// 17 to 32 rows by NP panels.
+// 17 to 32 rows by NP panels. Memory brings the results' lines, and `lines` at `next` in each step, the weights to come.
 template <typename O, int NP>
-void two_tile_rows(const Args& a, int64_t row, int rows, int64_t panel) {
+void two_tile_rows(const Args& a, int64_t row, int rows, int64_t panel, const char* next, int64_t lines) {
     const bf16* x = (const bf16*)a.x + row * a.x_stride;
     const int64_t panel_size = a.k * LANES;
     const bf16* w = (const bf16*)a.weight + panel * panel_size;
+    const int64_t out_size = a.gated ? a.n / 2 : a.n, out_panel = a.gated ? panel / 2 : panel;
+    for (int i = 0; i < rows; i++)
+        _mm_prefetch((const char*)((const O*)a.out + (row + i) * out_size + out_panel * LANES), _MM_HINT_T1);
     zero_sums();
     for (int64_t k = 0; k < a.k; k += TILE_K) {
+        for (int64_t i = 0; i < lines; i++) _mm_prefetch(next + i * LINE, _MM_HINT_T1);
+        next += lines * LINE;
         _tile_loadd(4, x + k, a.x_stride * sizeof(bf16));
-        _tile_loadd(5, x + TILE_ROWS * a.x_stride + k, a.x_stride * sizeof(bf16));
         _tile_loadd(6, w + k * LANES, 64);
         _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(5, x + TILE_ROWS * a.x_stride + k, a.x_stride * sizeof(bf16));
         _tile_dpbf16ps(2, 5, 6);
         if constexpr (NP > 1) {
             _tile_loadd(7, w + panel_size + k * LANES, 64);
@@ -163,63 +196,67 @@ void two_tile_rows(const Args& a, int64_t row, int rows, int64_t panel) {
     }
     alignas(64) float sums[4][TILE_ROWS * LANES];
     store_sums(sums[0], TILE_ROWS * LANES, LANES);
-    for (int j = 0; j < NP; j++) {
-        finish_tile<O>(a, sums[j], row, TILE_ROWS, panel + j);
-        finish_tile<O>(a, sums[2 + j], row + TILE_ROWS, rows - TILE_ROWS, panel + j);
-    }
+    for (int i = 0; i < rows; i++)
+        finish_row<O, NP>(a, row + i, panel, sums[i < TILE_ROWS ? 0 : 2] + i % TILE_ROWS * LANES, TILE_ROWS * LANES);
 }
 
 template <typename O>
-void two_tile_rows_of_panels(const Args& a, int64_t row, int64_t end_row, int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; p += 2)
-        for (int64_t r = row; r < end_row; r += 2 * TILE_ROWS) {
-            const int rows = (int)std::min(2 * TILE_ROWS, end_row - r);
-            if (end - p >= 2) two_tile_rows<O, 2>(a, r, rows, p);
-            else two_tile_rows<O, 1>(a, r, rows, p);
+void few_rows_of_panels(const Args& a, int64_t row, int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; p += 4)
+        for (int64_t r = row; r < a.m; r += TILE_ROWS) {
+            const int rows = (int)std::min(TILE_ROWS, a.m - r);
+            if (r == row || rows < TILE_ROWS) configure(rows, rows);
+            switch (end - p) {
+                case 1: one_tile_row<O, 1>(a, r, rows, p, r > row); break;
+                case 2: one_tile_row<O, 2>(a, r, rows, p, r > row); break;
+                case 3: one_tile_row<O, 3>(a, r, rows, p, r > row); break;
+                default: one_tile_row<O, 4>(a, r, rows, p, r > row); break;
+            }
         }
+}
+
+template <typename O>
+void many_rows_of_panels(const Args& a, int64_t end_row, int64_t begin, int64_t end) {
+    const int64_t panel_bytes = a.k * LANES * sizeof(bf16), num_pairs = end_row / (2 * TILE_ROWS);
+    const int64_t lines = (2 * panel_bytes / LINE + num_pairs * (a.k / TILE_K) - 1) / (num_pairs * (a.k / TILE_K));
+    configure(TILE_ROWS, TILE_ROWS);
+    for (int64_t p = begin; p < end; p += 2) {
+        const char* next = (const char*)a.weight + (p + 2) * panel_bytes;
+        for (int64_t r = 0; r < end_row; r += 2 * TILE_ROWS, next += lines * (a.k / TILE_K) * LINE) {
+            if (end - p >= 2) two_tile_rows<O, 2>(a, r, 2 * TILE_ROWS, p, next, lines);
+            else two_tile_rows<O, 1>(a, r, 2 * TILE_ROWS, p, next, lines);
+        }
+    }
 }
 
 template <typename O>
 void panels_by_tiles(const Args& a, int64_t begin, int64_t end) {
-    const int64_t whole = a.m / (2 * TILE_ROWS) * (2 * TILE_ROWS), rest = a.m - whole;
-    if (whole) {
-        configure(TILE_ROWS, TILE_ROWS);
-        two_tile_rows_of_panels<O>(a, 0, whole, begin, end);
-    }
-    if (rest > TILE_ROWS) {
-        configure(TILE_ROWS, (int)(rest - TILE_ROWS));
-        two_tile_rows_of_panels<O>(a, whole, a.m, begin, end);
-    } else if (rest) {
-        configure((int)rest, (int)rest);
-        for (int64_t p = begin; p < end; p += 4) switch (end - p) {
-            case 1: one_tile_row<O, 1>(a, whole, (int)rest, p); break;
-            case 2: one_tile_row<O, 2>(a, whole, (int)rest, p); break;
-            case 3: one_tile_row<O, 3>(a, whole, (int)rest, p); break;
-            default: one_tile_row<O, 4>(a, whole, (int)rest, p); break;
-        }
-    }
+    const int64_t many = a.m <= FEW_ROWS ? 0 : a.m / (2 * TILE_ROWS) * (2 * TILE_ROWS);
+    if (many) many_rows_of_panels<O>(a, many, begin, end);
+    if (many < a.m) few_rows_of_panels<O>(a, many, begin, end);
     _tile_release();
 }
 #endif
 
-// Panels that a thread takes at a time: few enough that all threads end at about the same time, a multiple of what the
-// registers hold where there are many.
-int64_t panels_at_a_time(int64_t num_panels) {
-    const int64_t threads = num_threads();
+// Units of `unit` panels that a thread takes at a time: few enough that all threads end at about the same time, as many
+// panels as the registers hold where there are many.
+int64_t units_at_a_time(int64_t num_units, int64_t unit) {
+    const int64_t threads = num_threads(), most = MAX_PANELS / unit;
     int64_t best = 1, least = INT64_MAX;
-    for (int64_t size = MAX_PANELS; size >= 1; size--) {
-        const int64_t takes = (num_panels + size - 1) / size;
-        const int64_t longest = (takes + threads - 1) / threads * size;  // panels of the busiest thread
+    for (int64_t size = most; size >= 1; size--) {
+        const int64_t takes = (num_units + size - 1) / size;
+        const int64_t longest = (takes + threads - 1) / threads * size;  // units of the busiest thread
         if (longest < least) best = size, least = longest;
     }
-    return best * std::max<int64_t>(1, num_panels / (best * threads * 16));
+    return best * std::max<int64_t>(1, num_units / (best * threads * 8));
 }
 
 template <typename T, typename O>
 void matmul(const Args& a) {
-    const int64_t num_panels = (a.n + LANES - 1) / LANES, size = panels_at_a_time(num_panels);
-    parallel_for((num_panels + size - 1) / size, [&](int64_t i) {
-        const int64_t begin = i * size, end = std::min(num_panels, begin + size);
+    const int64_t unit = a.gated ? 2 : 1;  // panels that must stay together
+    const int64_t num_units = (a.n + LANES * unit - 1) / (LANES * unit), size = units_at_a_time(num_units, unit);
+    parallel_for((num_units + size - 1) / size, [&](int64_t i) {
+        const int64_t begin = i * size * unit, end = std::min(num_units, (i + 1) * size) * unit;
 #if defined(__AMX_BF16__)
         // By the weight's shape alone: a weight has one instruction class, whatever the number of rows.
         if (sizeof(T) == 2 && a.k % TILE_K == 0) return panels_by_tiles<O>(a, begin, end);
@@ -228,15 +265,24 @@ void matmul(const Args& a) {
     });
 }
 
+// Rows of the weight to panels panel_begin, + panel_step, + ...; row_begin: place of the first row among their rows.
+struct PackArgs {
+    int64_t rows;
+    void* out;
+    const void* weight;  // [rows, k]
+    int64_t row_begin, panel_begin, panel_step, k, is_bf16;
+};
+
 template <typename T>
-void pack(T* out, const T* weight, int64_t row_begin, int64_t rows, int64_t k) {
+void pack(const PackArgs& a) {
     constexpr int KS = STEP<T>;
-    parallel_rows(rows, k, [&](int64_t begin, int64_t end) {
+    parallel_rows(a.rows, a.k, [&](int64_t begin, int64_t end) {
         for (int64_t r = begin; r < end; r++) {
-            const int64_t n = row_begin + r;
-            T* panel = out + (n / LANES) * LANES * k + (n % LANES) * KS;
-            for (int64_t c = 0; c < k; c += KS)
-                for (int s = 0; s < KS; s++) panel[c * LANES + s] = weight[r * k + c + s];
+            const int64_t n = a.row_begin + r;
+            const T* row = (const T*)a.weight + r * a.k;
+            T* panel = (T*)a.out + (a.panel_begin + n / LANES * a.panel_step) * LANES * a.k + n % LANES * KS;
+            for (int64_t c = 0; c < a.k; c += KS)
+                for (int s = 0; s < KS; s++) panel[c * LANES + s] = row[c + s];
         }
     });
 }
@@ -264,10 +310,10 @@ extern "C" void octavo_matmul(const void* args) {
     else matmul<bf16, float>(a);
 }
 
-extern "C" void octavo_pack_weight(void* out, const void* weight, int64_t row_begin, int64_t rows, int64_t k,
-                                   int is_bf16) {
-    if (is_bf16) pack((bf16*)out, (const bf16*)weight, row_begin, rows, k);
-    else pack((float*)out, (const float*)weight, row_begin, rows, k);
+extern "C" void octavo_pack_weight(const void* args) {
+    const PackArgs& a = *(const PackArgs*)args;
+    if (a.is_bf16) pack<bf16>(a);
+    else pack<float>(a);
 }
 
 namespace {

@@ -8,7 +8,7 @@ import torch
 
 from octavo.kernels.cpu.library import set_num_threads
 from octavo.kernels.embedding import embedding
-from octavo.kernels.matmul import PackedWeight, empty_packed, matmul, packed_bytes
+from octavo.kernels.matmul import PackedWeight, empty_packed, gated_matmul, matmul, packed_bytes
 
 DTYPES = [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)]
 
@@ -39,6 +39,24 @@ def test_product(m: int, n: int, k: int, dtype: torch.dtype, tolerance: float) -
         torch.testing.assert_close(out.double(), want, atol=tolerance * scale, rtol=tolerance)
     wide = matmul(x, weight, out_dtype=torch.float32)
     torch.testing.assert_close(wide.double(), exact, atol=1e-5 * scale, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+@pytest.mark.parametrize(("n", "k"), [(32, 2), (64, 34), (96, 64), (3072, 576)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_gated_product(biased: bool, n: int, k: int, dtype: torch.dtype, tolerance: float) -> None:
+    torch.manual_seed(n + k)
+    x, w, bias = torch.randn(70, k).to(dtype), torch.randn(n, k).to(dtype), torch.randn(n) if biased else None
+    weight = empty_packed(n, k, dtype, num_parts=2)
+    for begin in (0, n // 2):
+        weight.write_rows(begin, w[begin : begin + 9])
+        weight.write_rows(begin + 9, w[begin + 9 : begin + n // 2])
+    gate, up = (x.double() @ w.double().T + (0.0 if bias is None else bias.double())).chunk(2, dim=1)
+    want = gate / (1 + (-gate).exp()) * up
+    whole = gated_matmul(x, weight, bias)
+    torch.testing.assert_close(whole.double(), want, atol=tolerance * k, rtol=tolerance)
+    for m in (1, 2, 3, 6, 7, 16, 17, 33, 64, 65):
+        assert torch.equal(gated_matmul(x[:m], weight, bias), whole[:m]), m
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -111,6 +129,9 @@ def test_wrong_arguments_are_named() -> None:
         (lambda: weight.write_rows(10, torch.randn(11, 32)), r"rows \[10, 21\) do not fit the 20 rows"),
         (lambda: empty_packed(4, 3, torch.bfloat16), "k: is 3, expected an even number"),
         (lambda: empty_packed(4, 4, torch.float16), "dtype: is torch.float16"),
+        (lambda: empty_packed(48, 4, torch.float32, num_parts=2), "n: is 48, expected a multiple of 2 parts of 16"),
+        (lambda: gated_matmul(torch.randn(2, 32), weight), "weight: has 1 parts, expected 2"),
+        (lambda: matmul(torch.randn(2, 32), empty_packed(32, 32, torch.float32, 2)), "weight: has 2 parts, expected 1"),
     ]
     for call, words in wrong:
         with pytest.raises(ValueError, match=words):
