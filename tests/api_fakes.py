@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -75,6 +75,7 @@ class FakeEngine:
     )
     requests: list[GenerationRequest] = field(default_factory=list)
     num_running: int = 0
+    begun: "dict[str, asyncio.Task[None]]" = field(default_factory=dict)  # requests not ended by their caller
     num_closed_early: int = 0
     aborted_choices: list[tuple[str, int]] = field(default_factory=list)
     go: asyncio.Event = field(default_factory=asyncio.Event)  # tokens flow while it is set
@@ -86,31 +87,53 @@ class FakeEngine:
     def __post_init__(self) -> None:
         self.go.set()
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Delta, None]:
+    def begin(
+        self,
+        request: GenerationRequest,
+        on_deltas: Callable[[list[Delta]], None],
+        on_error: Callable[[EngineError], None],
+    ) -> None:
         """As the engine's client does it."""
         self.requests.append(request)
+        self.begun[request.request_id] = asyncio.create_task(self._run(request, on_deltas, on_error))
+
+    def end(self, request_id: str) -> None:
+        """As the engine's client does it."""
+        task = self.begun.pop(request_id, None)
+        if task is not None:
+            self.num_closed_early += not task.done()
+            task.cancel()
+
+    async def _run(
+        self,
+        request: GenerationRequest,
+        on_deltas: Callable[[list[Delta]], None],
+        on_error: Callable[[EngineError], None],
+    ) -> None:
         self.num_running += 1
-        running = dict.fromkeys(range(request.n), 0)  # choice -> tokens out
-        done = False
         try:
-            while running:
-                for index, start in list(running.items()):
-                    if (request.request_id, index) in self.aborted_choices:
-                        del running[index]
-                        continue
-                    if start >= self.free_tokens:
-                        while not self.go.is_set() and request.request_id not in self._aborted:
-                            await asyncio.wait((asyncio.create_task(self.go.wait()),), timeout=0.01)
-                    delta = self._delta(request, index, start)
-                    running[index] += len(delta.token_ids)
-                    if delta.finish_reason is not None:
-                        del running[index]
-                    yield delta
-                await asyncio.sleep(0)
-            done = True
+            await self._emit(request, on_deltas)
+        except EngineError as error:
+            on_error(error)
         finally:
             self.num_running -= 1
-            self.num_closed_early += not done
+
+    async def _emit(self, request: GenerationRequest, on_deltas: Callable[[list[Delta]], None]) -> None:
+        running = dict.fromkeys(range(request.n), 0)  # choice -> tokens out
+        while running:
+            for index, start in list(running.items()):
+                if (request.request_id, index) in self.aborted_choices:
+                    del running[index]
+                    continue
+                if start >= self.free_tokens:
+                    while not self.go.is_set() and request.request_id not in self._aborted:
+                        await asyncio.wait((asyncio.create_task(self.go.wait()),), timeout=0.01)
+                delta = self._delta(request, index, start)
+                running[index] += len(delta.token_ids)
+                if delta.finish_reason is not None:
+                    del running[index]
+                on_deltas([delta])
+            await asyncio.sleep(0)
 
     def _delta(self, request: GenerationRequest, index: int, start: int) -> Delta:
         params = request.params
@@ -209,7 +232,7 @@ async def serving(
         yield Server(app, state, engine, tokenizer, http)
     assert (state.admission.num_choices, state.admission.num_tokens, state.num_requests) == (0, 0, 0)
     assert not state.live
-    assert engine.num_running == 0
+    assert not engine.begun
     state.admission.close()
 
 

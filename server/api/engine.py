@@ -1,10 +1,11 @@
 """What the HTTP side needs of an engine: `engine.client.EngineClient` has it, and so has the tests' fake."""
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from typing import Literal, Protocol
 
 from octavo.server.engine.channel import EngineInfo, EngineStats, StepOutput
 from octavo.server.engine.request import Delta, GenerationRequest
+from octavo.server.errors import EngineError
 
 
 class Engine(Protocol):
@@ -24,11 +25,22 @@ class Engine(Protocol):
     def state(self) -> Literal["starting", "ok", "stalled", "dead"]:
         """Whether the engine runs and makes progress."""
 
-    def generate(self, request: GenerationRequest) -> AsyncGenerator[Delta, None]:
-        """Deltas until every choice has ended. Closing it early aborts; raises EngineError if the engine dies."""
+    def begin(
+        self,
+        request: GenerationRequest,
+        on_deltas: Callable[[list[Delta]], None],
+        on_error: Callable[[EngineError], None],
+    ) -> None:
+        """Runs a request: deltas to `on_deltas` until every choice has ended, `on_error` if the engine dies first.
+
+        Neither is called before this returns, nor after `end`; neither may raise. Raises EngineError.
+        """
+
+    def end(self, request_id: str) -> None:
+        """Forgets a request, and aborts what of it still runs. Unknown ids are ignored."""
 
     async def abort(self, request_id: str) -> bool:
-        """Ends all choices of a request with `FinishReason.ABORT`, through its stream. False: not known."""
+        """Ends all choices of a request with `FinishReason.ABORT`, as a delta says. False: not known."""
 
     def abort_choice(self, request_id: str, choice_index: int) -> None:
         """Ends one choice; no more deltas come for it."""

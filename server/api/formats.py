@@ -1,6 +1,7 @@
 """The wire format of both generation routes: pieces of output as OpenAI's JSON objects, whole or as chunks.
 
-A `Format` is made per request. Chunks and whole answers share their choices' form; `-inf` goes out as -9999.0.
+A `Format` is made per request. Chunks and whole answers share their choices' form; `-inf` goes out as -9999.0. Most
+chunks of a stream differ in their text alone: what is around it is encoded once per choice.
 """
 
 from abc import ABC, abstractmethod
@@ -9,6 +10,7 @@ from typing import Any
 
 from octavo.server.api.generation import Generation, Piece
 from octavo.server.api.schemas import ChatBody, CompletionBody
+from octavo.server.api.sse import DONE, encode_json, event
 from octavo.server.engine.request import TokenLogprobs
 from octavo.server.text.detokenizer import Detokenizer
 from octavo.server.text.tokenizer import Tokenizer
@@ -23,6 +25,7 @@ class Format(ABC):
     Args:
         head: the fields that open every object: id, created, model, system_fingerprint.
         count_cached: report cached prompt tokens in usage.
+        num_top: how many top tokens to show beside each chosen one; None: no log-probabilities.
     """
 
     whole_object: str
@@ -35,7 +38,9 @@ class Format(ABC):
         tokenizer: Tokenizer,
         head: Json,
         count_cached: bool,
+        num_top: int | None,
     ) -> None:
+        self._num_top = num_top
         self._token_ids_as_tokens = body.return_tokens_as_token_ids
         self._return_token_ids = body.return_token_ids
         self._generation = generation
@@ -46,19 +51,41 @@ class Format(ABC):
         options = body.stream_options
         self._usage_at_end = options is not None and options.include_usage
         self._usage_always = options is not None and options.continuous_usage_stats and self._usage_at_end
+        # Whether chunks that neither begin nor end a choice differ in their text alone.
+        self._only_text_differs = num_top is None and not self._return_token_ids and not self._usage_always
+        self._frames: dict[int, tuple[bytes, bytes]] = {}  # choice -> its events up to their text, and after it
 
     def whole(self, pieces: Sequence[Piece]) -> Json:
         """The answer to a request that did not stream; one piece per choice."""
         choices = [self._whole_choice(piece) for piece in pieces]
         return {**self._head, "object": self.whole_object, "choices": choices, "usage": self._usage()} | self._extras()
 
-    def chunks(self, pieces: Sequence[Piece]) -> list[Json]:
-        """The chunks that bring these pieces."""
-        return [self._chunk([choice]) for piece in pieces for choice in self._chunk_choices(piece)]
+    def events(self, pieces: Sequence[Piece]) -> bytes:
+        """The events that bring these pieces."""
+        parts: list[bytes] = []
+        for piece in pieces:
+            text = piece.text
+            if self._only_text_differs and text and not piece.is_first and piece.finish_reason is None:
+                head, tail = self._frames.get(piece.index) or self._frame(piece.index)
+                parts += head, encode_json(text), tail
+            else:
+                parts += map(event, self._chunks(piece))
+        return b"".join(parts)
 
-    def last_chunk(self) -> Json | None:
-        """The chunk after all choices, without choices: usage, where the request asked for it."""
-        return self._chunk([]) | {"usage": self._usage()} if self._usage_at_end else None
+    def end(self) -> bytes:
+        """The events after all pieces: usage, where the request asked for it, and [DONE]."""
+        return event(self._chunk([]) | {"usage": self._usage()}) + DONE if self._usage_at_end else DONE
+
+    def _chunks(self, piece: Piece) -> list[Json]:
+        """The chunks that bring a piece."""
+        return [self._chunk([choice]) for choice in self._chunk_choices(piece)]
+
+    def _frame(self, index: int) -> tuple[bytes, bytes]:
+        """What stands around the text in the events of a choice."""
+        (chunk,) = self._chunks(Piece(index, is_first=False, texts=["?"]))
+        head, _, tail = event(chunk).rpartition(b'"?"')  # from the right, where no string of a client's follows
+        self._frames[index] = head, tail
+        return head, tail
 
     @abstractmethod
     def _whole_choice(self, piece: Piece) -> Json:
@@ -123,10 +150,9 @@ class CompletionFormat(Format):
     def __init__(
         self, body: CompletionBody, generation: Generation, tokenizer: Tokenizer, head: Json, count_cached: bool
     ) -> None:
-        super().__init__(body, generation, tokenizer, head, count_cached)
+        super().__init__(body, generation, tokenizer, head, count_cached, body.logprobs)
         self._n = body.n
         self._echo = body.echo
-        self._num_top = body.logprobs
         self._prompt_logprobs_asked = body.prompt_logprobs is not None
 
     def _whole_choice(self, piece: Piece) -> Json:
@@ -198,8 +224,8 @@ class ChatFormat(Format):
     def __init__(
         self, body: ChatBody, generation: Generation, tokenizer: Tokenizer, head: Json, count_cached: bool
     ) -> None:
-        super().__init__(body, generation, tokenizer, head, count_cached)
-        self._num_top = (body.top_logprobs or 0) if body.logprobs else None
+        num_top = (body.top_logprobs or 0) if body.logprobs else None
+        super().__init__(body, generation, tokenizer, head, count_cached, num_top)
         self._prompt_logprobs_asked = body.prompt_logprobs is not None
 
     def _extras(self) -> Json:
@@ -210,10 +236,9 @@ class ChatFormat(Format):
             extras["prompt_token_ids"] = self._generation.prompts[0].request.prompt_token_ids
         return extras
 
-    def chunks(self, pieces: Sequence[Piece]) -> list[Json]:
-        """The chunks that bring these pieces."""
-        chunks = super().chunks(pieces)
-        if self._return_token_ids and any(piece.is_first and piece.index == 0 for piece in pieces):
+    def _chunks(self, piece: Piece) -> list[Json]:
+        chunks = super()._chunks(piece)
+        if self._return_token_ids and piece.is_first and piece.index == 0:
             chunks[0]["prompt_token_ids"] = self._generation.prompts[0].request.prompt_token_ids
         return chunks
 

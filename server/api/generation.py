@@ -6,10 +6,10 @@ all pieces of a choice add up to its output, so a stream and a whole answer come
 
 import asyncio
 import time
-from collections import deque
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 from octavo.server.api.admission import Prompt
 from octavo.server.api.engine import Engine
@@ -91,34 +91,41 @@ class Choice:
 
     def push(self, delta: Delta) -> bool:
         """Adds a delta. True: a stop string ended the choice, the engine must be told."""
-        if self.piece is None:
-            self.piece = Piece(self.index, is_first=not self._taken)
-        piece, token_ids = self.piece, delta.token_ids
-        ends_with_stop_token = delta.finish_reason is FinishReason.STOP and not self._show_stop_token
-        piece.texts.append(self._detokenizer.push(token_ids[:-1] if ends_with_stop_token else token_ids))
-        if delta.finish_reason is not None:
-            piece.texts.append(self._detokenizer.finish())
+        piece = self.piece
+        if piece is None:
+            piece = self.piece = Piece(self.index, not self._taken)
+        token_ids, reason = delta.token_ids, delta.finish_reason
+        is_hidden = reason is FinishReason.STOP and not self._show_stop_token  # the last token
+        text = self._detokenizer.push(token_ids[:-1] if is_hidden else token_ids)
+        if reason is not None:
+            text += self._detokenizer.finish()
+            self.finish_reason, piece.stop_reason = reason.value, delta.stop_token_id
         stop_hit = self._detokenizer.stop_hit
         if stop_hit is not None:
             token_ids = token_ids[: self._detokenizer.num_tokens - self.num_tokens]
             self.finish_reason, piece.stop_reason = FinishReason.STOP.value, stop_hit
-        elif delta.finish_reason is not None:
-            self.finish_reason, piece.stop_reason = delta.finish_reason.value, delta.stop_token_id
         piece.finish_reason = self.finish_reason
+        piece.texts.append(text)
         piece.token_ids += token_ids
-        piece.logprobs += (delta.logprobs or [])[: len(token_ids)]
+        if delta.logprobs is not None:
+            piece.logprobs += delta.logprobs[: len(token_ids)]
         if self._counter is not None:
             for token_id in token_ids:
                 piece.offsets.append(self._text_len)
                 self._text_len += len(self._counter.push([token_id]))
         self.num_tokens += len(token_ids)
-        return stop_hit is not None and delta.finish_reason is None
+        return stop_hit is not None and reason is None
 
-    def take(self) -> Piece | None:
-        """What was gained since the last call; None if nothing."""
+    def take(self) -> Piece:
+        """What was gained since the last call, which must be something."""
         piece, self.piece = self.piece, None
-        self._taken = self._taken or piece is not None
+        assert piece is not None
+        self._taken = True
         return piece
+
+
+def _ignore() -> None:
+    """Of a request that does not run."""
 
 
 class Generation:
@@ -128,6 +135,7 @@ class Generation:
         choices: in the order of the response, prompt-major.
         prompt_logprobs: per prompt, once known; None where not asked for.
         num_cached_tokens: per prompt.
+        is_running: some choices have not ended, and nothing has cut them.
     """
 
     def __init__(
@@ -145,17 +153,17 @@ class Generation:
         self._queued_s = time.monotonic()
         self.prompts = prompts
         n = prompts[0].request.n
+        self._waits_for_prompt = prompts[0].request.params.prompt_logprobs is not None
         self.choices = [
             Choice(p * n + k, prompt, tokenizer, options) for p, prompt in enumerate(prompts) for k in range(n)
         ]
         self._n = n
         self.prompt_logprobs: list[list[TokenLogprobs | None] | None] = [None] * len(prompts)
         self.num_cached_tokens = [0] * len(prompts)
-        # Deltas that came and were not looked at. Bounded by what the request may produce (admission's n * max_tokens):
-        # a slow reader costs its own tokens' memory and holds up nobody.
-        self._inbox: deque[tuple[int, Delta]] = deque()
-        self._wake = asyncio.Event()
+        self._num_running = len(self.choices)
+        self.is_running = True
         self._error: Exception | None = None
+        self._on_gain: Callable[[], None] = _ignore
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -167,10 +175,21 @@ class Generation:
         """Output tokens so far, of all choices."""
         return sum(choice.num_tokens for choice in self.choices)
 
+    @property
+    def is_done(self) -> bool:
+        """Whether all choices have ended."""
+        return not self._num_running
+
+    def check(self) -> None:
+        """Raises EngineError, RequestError, or what `cut` was given, if that ended the request."""
+        if self._error is not None and self._num_running:
+            raise self._error
+
     def cut(self, error: Exception) -> None:
-        """Ends the request from outside: `progress` raises `error`."""
+        """Ends the request from outside: `check` raises `error`."""
         self._error = error
-        self._wake.set()
+        self.is_running = False
+        self._on_gain()
 
     async def abort(self) -> bool:
         """Asks the engine to end all choices. True: at least one was running."""
@@ -179,54 +198,63 @@ class Generation:
 
     def take(self) -> list[Piece]:
         """What the choices gained since the last call."""
-        # Choices may run ahead of the prompt's log-probabilities, which a first piece shows.
-        pieces = [choice.take() for choice in self.choices if choice.piece is not None and self._is_showable(choice)]
-        return [piece for piece in pieces if piece is not None]
+        pieces = []
+        for choice in self.choices:
+            if choice.piece is not None and (not self._waits_for_prompt or self._is_showable(choice)):
+                pieces.append(choice.take())
+        return pieces
 
     def _is_showable(self, choice: Choice) -> bool:
-        wanted = choice.prompt.request.params.prompt_logprobs is not None
-        return (
-            not wanted or self.prompt_logprobs[choice.index // self._n] is not None or choice.finish_reason is not None
-        )
+        # Choices may run ahead of the prompt's log-probabilities, which a first piece shows.
+        return self.prompt_logprobs[choice.index // self._n] is not None or choice.finish_reason is not None
 
-    async def progress(self) -> AsyncGenerator[None, None]:
-        """Runs the request; yields whenever choices have gained something, until all have ended.
+    @contextmanager
+    def running(self, on_gain: Callable[[], None]) -> Iterator[None]:
+        """Runs the request; leaving aborts what still runs.
 
-        Closing it early aborts what still runs. Raises EngineError, RequestError, or what `cut` was given.
+        `on_gain` is called whenever choices have gained something, once for all that came at once, and when the request
+        is cut; what it raises cuts the request. What nobody takes is kept, bounded by what the request may produce
+        (admission's n * max_tokens): a slow reader costs its own tokens' memory and holds up nobody.
         """
-        pumps = [asyncio.create_task(self._pump(index)) for index in range(len(self.prompts))]
+        self._on_gain = on_gain
         try:
-            num_running = len(self.choices)
-            while num_running:
-                await self._wake.wait()
-                self._wake.clear()
-                now = time.monotonic()
-                while self._inbox:
-                    prompt_index, delta = self._inbox.popleft()
-                    num_running -= self._apply(prompt_index, delta, now)
-                yield
-                if self._error is not None and num_running:
-                    raise self._error
+            for index, prompt in enumerate(self.prompts):
+                self._engine.begin(prompt.request, partial(self._receive, index), self.cut)
+            yield
         finally:
-            for pump in pumps:
-                pump.cancel()
-            await asyncio.gather(*pumps, return_exceptions=True)
+            self._on_gain = _ignore
+            for prompt in self.prompts:
+                self._engine.end(prompt.request.request_id)
             self._report()
 
-    async def _pump(self, prompt_index: int) -> None:
+    async def complete(self) -> None:
+        """Runs the request to its end. Raises as `check`; cancelling it aborts."""
+        end = asyncio.Event()
+
+        def on_gain() -> None:
+            if not self.is_running:
+                end.set()
+
+        with self.running(on_gain):
+            on_gain()  # it may have been cut before
+            await end.wait()
+            self.check()
+
+    def _receive(self, prompt_index: int, deltas: list[Delta]) -> None:
+        """Called by the engine, whose other callers must not suffer from what fails here."""
         try:
-            async with aclosing(self._engine.generate(self.prompts[prompt_index].request)) as deltas:
-                async for delta in deltas:
-                    self._inbox.append((prompt_index, delta))
-                    self._wake.set()
+            now = time.monotonic()
+            for delta in deltas:
+                self._apply(prompt_index, delta, now)
+            self._on_gain()
         except Exception as error:
             self.cut(error)
 
-    def _apply(self, prompt_index: int, delta: Delta, now: float) -> bool:
-        """Gives a delta to its choice. True: the choice ended by it."""
+    def _apply(self, prompt_index: int, delta: Delta, now: float) -> None:
+        """Gives a delta to its choice."""
         choice = self.choices[prompt_index * self._n + delta.choice_index]
         if choice.finish_reason is not None:
-            return False
+            return
         choice.num_preemptions = delta.num_preemptions
         if delta.prompt_logprobs is not None:
             self.prompt_logprobs[prompt_index] = delta.prompt_logprobs
@@ -241,14 +269,16 @@ class Generation:
             raise RequestError("The model produced values that are not finite.", code="not_finite", status=500)
         if delta.token_ids:
             if choice.first_s:
-                self._metrics.inter_token(now - choice.last_s)
+                self._metrics.itl.observe(now - choice.last_s)
             else:
                 choice.first_s = now
-                self._metrics.first_token(now - self._arrival_s)
+                self._metrics.ttft.observe(now - self._arrival_s)
             choice.last_s = now
         if choice.push(delta):
             self._engine.abort_choice(choice.prompt.request.request_id, delta.choice_index)
-        return choice.finish_reason is not None
+        if choice.finish_reason is not None:
+            self._num_running -= 1
+            self.is_running = self.is_running and self._num_running > 0
 
     def _report(self) -> None:
         """Tells the metrics how the request went."""

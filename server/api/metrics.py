@@ -4,10 +4,17 @@ What the engine counts is read from its statistics when somebody scrapes; what o
 lengths, finish reasons) is observed as it happens.
 """
 
+import time
+from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import accumulate
 from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from octavo.server.api.engine import Engine
 from octavo.server.config import ServerConfig
@@ -31,8 +38,39 @@ def lengths_up_to(limit: int) -> tuple[float, ...]:
     return tuple(float(m * 10**e) for e in range(len(str(limit))) for m in (1, 2, 5) if m * 10**e <= limit)
 
 
+class FixedHistogram(Collector):
+    """A histogram with fixed labels that is cheap to observe: some are, for each token. For one thread."""
+
+    def __init__(self, name: str, text: str, buckets: tuple[float, ...], label_values: tuple[str, ...]) -> None:
+        self._name, self._text, self._buckets, self._label_values = name, text, buckets, label_values
+        self._counts = [0] * (len(buckets) + 1)  # of values up to each bucket's bound and over the one before
+        self._sum = 0.0
+        self._created_s = time.time()
+
+    def observe(self, value: float) -> None:
+        """Counts a value."""
+        self._counts[bisect_left(self._buckets, value)] += 1
+        self._sum += value
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        """As prometheus_client's own histograms show themselves."""
+        family = HistogramMetricFamily(self._name, self._text, labels=_LABELS)
+        bounds = [*map(floatToGoString, self._buckets), "+Inf"]
+        family.add_metric(
+            self._label_values, list(zip(bounds, accumulate(self._counts), strict=True)), sum_value=self._sum
+        )
+        labels = dict(zip(_LABELS, self._label_values, strict=True))
+        family.add_sample(self._name + "_created", labels, self._created_s)
+        yield family
+
+
 class Metrics:
-    """All metrics of one server, in a registry of its own. Those about the model appear once the engine is ready."""
+    """All metrics of one server, in a registry of its own. Those about the model appear once the engine is ready.
+
+    Attributes:
+        ttft: of each choice, seconds from the request's arrival to its first token.
+        itl: seconds from a choice's tokens to its next ones.
+    """
 
     def __init__(self, config: ServerConfig, engine: Engine) -> None:
         self._config = config
@@ -86,8 +124,8 @@ class Metrics:
             Counter, "request_success", "Choices that ended, by reason.", "finished_reason", _FINISH_REASONS
         )
         self._step_tokens = self._histogram("iteration_tokens_total", "Tokens computed in a step.", _STEP_TOKENS)
-        self._ttft = self._histogram("time_to_first_token_seconds", "Arrival to first token.", _TTFT_S)
-        self._itl = self._histogram("inter_token_latency_seconds", "Between outputs of a choice.", _TOKEN_S)
+        self.ttft = self._histogram("time_to_first_token_seconds", "Arrival to first token.", _TTFT_S)
+        self.itl = self._histogram("inter_token_latency_seconds", "Between outputs of a choice.", _TOKEN_S)
         self._tpot = self._histogram(
             "request_time_per_output_token_seconds", "Mean time per token after the first.", _TOKEN_S
         )
@@ -105,7 +143,7 @@ class Metrics:
         self._preemptions = self._histogram(
             "request_num_preemptions", "How often a choice was put back to waiting.", _PREEMPTIONS
         )
-        self._lengths: dict[str, Histogram] = {}  # once the context's length is known
+        self._lengths: dict[str, FixedHistogram] = {}  # once the context's length is known
         engine.on_step = self._on_step
 
     def http(self, handler: str, method: str, status: int, duration_s: float) -> None:
@@ -116,14 +154,6 @@ class Metrics:
     def corrupted(self) -> None:
         """A choice ended because its logits were not finite."""
         self._counters["corrupted_requests"].inc()
-
-    def first_token(self, duration_s: float) -> None:
-        """A choice has its first token, this long after the request arrived."""
-        self._ttft.observe(duration_s)
-
-    def inter_token(self, duration_s: float) -> None:
-        """A choice has more tokens, this long after those before."""
-        self._itl.observe(duration_s)
 
     def choice_done(
         self,
@@ -207,9 +237,10 @@ class Metrics:
         family = Counter(self._config.metrics_prefix + name, text, _LABELS, registry=self.registry)
         return family.labels(*self._label_values)
 
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        name = self._config.metrics_prefix + name
-        return Histogram(name, text, _LABELS, buckets=buckets, registry=self.registry).labels(*self._label_values)
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> FixedHistogram:
+        histogram = FixedHistogram(self._config.metrics_prefix + name, text, buckets, self._label_values)
+        self.registry.register(histogram)
+        return histogram
 
     def _by(self, kind: type[Family], name: str, text: str, label: str, values: tuple[str, ...]) -> dict[str, Family]:
         """One metric with a label more: its values -> their series."""

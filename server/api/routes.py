@@ -1,8 +1,6 @@
 """The routes. Each takes what it needs from the edge (`request.state`) and from the server (`State`)."""
 
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from typing import Any
 
 from fastapi import APIRouter
@@ -11,12 +9,12 @@ from starlette.responses import PlainTextResponse, Response
 
 from octavo import __version__
 from octavo.server.api.admission import Prompt
-from octavo.server.api.errors import error_body, refusal_of
 from octavo.server.api.formats import ChatFormat, CompletionFormat, Format
 from octavo.server.api.generation import Generation, TextOptions
 from octavo.server.api.schemas import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse
-from octavo.server.api.sse import DONE, EventStream, encode_json, event
+from octavo.server.api.sse import encode_json
 from octavo.server.api.state import State
+from octavo.server.api.stream import EventStream
 from octavo.server.errors import RequestError
 from octavo.server.text.tokenizer import Tokenizer
 
@@ -231,26 +229,6 @@ def _setting(state: State, request_id: str) -> tuple[Tokenizer, dict[str, Any], 
 
 async def _answer(body: CompletionBody | ChatBody, generation: Generation, format: Format) -> Response:
     if body.stream:
-        return EventStream(_events(generation, format))
-    async with aclosing(generation.progress()) as progress:
-        async for _ in progress:
-            pass
+        return EventStream(generation, format)
+    await generation.complete()
     return _json(format.whole(generation.take()))
-
-
-async def _events(generation: Generation, format: Format) -> AsyncGenerator[bytes, None]:
-    """The stream: what has gathered since the last write goes out as one. Ends with [DONE], or with an error event."""
-    has_sent = False
-    try:
-        async with aclosing(generation.progress()) as progress:
-            async for _ in progress:
-                if chunks := format.chunks(generation.take()):
-                    yield b"".join(map(event, chunks))
-                    has_sent = True
-    except Exception as error:
-        if not has_sent:
-            raise
-        yield event(error_body(refusal_of(error, format.request_id)))
-        return
-    last = format.last_chunk()
-    yield DONE if last is None else event(last) + DONE

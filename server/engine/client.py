@@ -1,6 +1,7 @@
-"""The front end's side of the engine: starts its process, sends requests, fans deltas out to the streams that wait.
+"""The front end's side of the engine: starts its process, sends requests, hands deltas to those who asked for them.
 
-Owns the journal: a delta reaches a stream only after it is committed there.
+Owns the journal: a delta is handed out only after it is committed there. Nothing waits between the socket and a
+stream's own code: a step's deltas are handed out in the call that read them, which is what keeps a token cheap.
 """
 
 import asyncio
@@ -11,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from typing import Literal
 
 from octavo.server.config import EngineConfig
@@ -38,13 +39,14 @@ log = logging.getLogger("octavo")
 
 PING_S = 2.0  # an engine not heard of for this long is asked for a sign of life
 STALL_S = 30.0  # not heard of for this long: stalled
-RECEIVE_BYTES = 1 << 20
 STOP_S = 5.0  # how long a stopping engine may take before it is killed
 
 State = Literal["starting", "ok", "stalled", "dead"]
+OnDeltas = Callable[[list[Delta]], None]
+OnError = Callable[[EngineError], None]
 
 
-class EngineClient:
+class EngineClient(asyncio.Protocol):
     """One engine process and the requests in it. All methods belong to one event loop.
 
     `info` is valid once `start` has returned; `stats` is the latest state; `on_step` is called with each step.
@@ -57,10 +59,11 @@ class EngineClient:
         self.stats = EngineStats()
         self.on_step: Callable[[StepOutput], None] | None = None
         self.journal = Journal()
-        self._streams: dict[str, asyncio.Queue[Delta | EngineError | None]] = {}  # None: look at the entry again
+        self._buffer = FrameBuffer()
+        self._callers: dict[str, tuple[OnDeltas, OnError]] = {}  # by request id
         self._process: subprocess.Popen[bytes] | None = None
-        self._writer: asyncio.StreamWriter | None = None
-        self._tasks: list[asyncio.Task[None]] = []
+        self._transport: asyncio.WriteTransport | None = None
+        self._pinging: asyncio.Task[None] | None = None
         self._ready: asyncio.Future[EngineInfo] | None = None
         self._state: State = "starting"
         self._closing = False
@@ -91,20 +94,20 @@ class EngineClient:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         theirs.close()
-        reader, self._writer = await asyncio.open_connection(sock=ours)
-        self._ready = asyncio.get_running_loop().create_future()
-        self._tasks = [asyncio.create_task(self._read(reader)), asyncio.create_task(self._ping())]
+        loop = asyncio.get_running_loop()
+        self._ready = loop.create_future()
+        self._transport, _ = await loop.create_connection(lambda: self, sock=ours)
+        self._pinging = asyncio.create_task(self._ping())
         self.info = await self._ready
         self._state = "ok"
 
     async def close(self) -> None:
         """Stop the process; it ends by itself once the socket closes, and is killed if it does not."""
         self._closing = True
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._writer is not None:
-            self._writer.close()
+        if self._pinging is not None:
+            self._pinging.cancel()
+        if self._transport is not None:
+            self._transport.close()
         if self._process is not None:
             try:
                 await asyncio.to_thread(self._process.wait, STOP_S)
@@ -113,33 +116,32 @@ class EngineClient:
                 await asyncio.to_thread(self._process.wait)
         self._state = "dead"
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Delta, None]:
-        """Deltas of a valid request until each of its choices has ended. Closing the generator early aborts them.
+    def begin(self, request: GenerationRequest, on_deltas: OnDeltas, on_error: OnError) -> None:
+        """Run a valid request: its deltas go to `on_deltas`, all of one step at once, until each choice has ended.
 
-        The request id must never have been used before: the engine may still answer for a request given up on. Raises
-        EngineError if the engine is not running or ends meanwhile, ValueError where the id is in use.
+        `on_error` is called if the engine ends first. Neither is called before this returns, nor after `end`, and
+        neither may raise. The request id must never have been used before: the engine may still answer for a request
+        given up on. Raises EngineError if the engine is not running, ValueError where the id is in use.
         """
         if self._state != "ok":
             raise EngineError(f"the engine is {self._state}")
-        entry = self.journal.open(request)
-        queue = self._streams[request.request_id] = asyncio.Queue()
-        try:
-            self._send(Add(request))
-            while entry.open_choices or not queue.empty():  # committed deltas may wait to be read
-                delta = await queue.get()
-                if isinstance(delta, EngineError):
-                    raise delta
-                if delta is not None:
-                    yield delta
-        finally:
-            if entry.open_choices:
-                self._send(Abort(request.request_id))
-            self.journal.close(request.request_id)
-            del self._streams[request.request_id]
+        self.journal.open(request)
+        self._callers[request.request_id] = on_deltas, on_error
+        self._send(Add(request))
+
+    def end(self, request_id: str) -> None:
+        """Forget a request, and abort what of it still runs. Unknown ids are ignored."""
+        entry = self.journal.entries.get(request_id)
+        if entry is None:
+            return
+        if entry.open_choices:
+            self._send(Abort(request_id))
+        self.journal.close(request_id)
+        del self._callers[request_id]
 
     async def abort(self, request_id: str) -> bool:
-        """End all choices of a request with `FinishReason.ABORT`, through its stream. False where it is not known."""
-        if request_id not in self._streams:
+        """End all choices of a request with `FinishReason.ABORT`, as a delta says. False where it is not known."""
+        if request_id not in self._callers:
             return False
         self._send(Abort(request_id))
         return True
@@ -149,36 +151,50 @@ class EngineClient:
         entry = self.journal.entries.get(request_id)
         if entry is not None and choice_index in entry.open_choices:
             entry.open_choices.discard(choice_index)
-            self._streams[request_id].put_nowait(None)
             self._send(Abort(request_id, choice_index))
 
     def _send(self, message: ToEngine) -> None:
-        if self._writer is not None and self._state in ("ok", "starting") and not self._writer.is_closing():
-            self._writer.write(encode_frame(message))
+        if self._transport is not None and self._state in ("ok", "starting") and not self._transport.is_closing():
+            self._transport.write(encode_frame(message))
 
-    async def _read(self, reader: asyncio.StreamReader) -> None:
-        buffer = FrameBuffer()
+    def data_received(self, data: bytes) -> None:
+        """Takes what the engine has sent: a part of a message, one, or several."""
+        self._heard_s = time.monotonic()
+        deltas: dict[str, list[Delta]] = {}  # by request id; a stream that is behind gets several steps at once
         try:
-            while data := await reader.read(RECEIVE_BYTES):
-                self._heard_s = time.monotonic()
-                for body in buffer.feed(data):
-                    self._handle(decode_to_front_end(body))
-            self._died("the engine process ended")
-        except ConnectionError:
-            self._died("the engine process ended")
+            for body in self._buffer.feed(data):
+                message = decode_to_front_end(body)
+                if isinstance(message, StepOutput):
+                    self._commit(message, deltas)
+                else:
+                    self._hand_out(deltas)
+                    self._handle(message)
+            self._hand_out(deltas)
         except Exception as error:
+            self._hand_out(deltas)
             log.exception("reading from the engine failed")
             self._died(f"reading from the engine failed: {type(error).__name__}")
 
-    def _handle(self, message: Ready | Failed | StepOutput | Pong) -> None:
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The socket is closed: the process has ended, or is to end."""
+        self._died("the engine process ended")
+
+    def _commit(self, output: StepOutput, deltas: dict[str, list[Delta]]) -> None:
+        """Adds the deltas that the journal accepts."""
+        self.stats = output.stats
+        if self.on_step is not None:
+            self.on_step(output)
+        for delta in output.deltas:
+            if self.journal.commit(output.epoch, delta):
+                deltas.setdefault(delta.request_id, []).append(delta)
+
+    def _hand_out(self, deltas: dict[str, list[Delta]]) -> None:
+        for request_id, own in deltas.items():
+            self._callers[request_id][0](own)
+        deltas.clear()
+
+    def _handle(self, message: Ready | Failed | Pong) -> None:
         match message:
-            case StepOutput(epoch, deltas, stats):
-                self.stats = stats
-                if self.on_step is not None:
-                    self.on_step(message)
-                for delta in deltas:
-                    if self.journal.commit(epoch, delta):
-                        self._streams[delta.request_id].put_nowait(delta)
             case Pong(_, stats):
                 self.stats = stats
             case Ready(info):
@@ -196,8 +212,8 @@ class EngineClient:
             self._ready.set_exception(startup_error or StartupError(f"{text} while it started (its log says why)"))
         else:
             log.error("%s", text)
-        for queue in self._streams.values():
-            queue.put_nowait(EngineError(text))
+        for _, on_error in self._callers.values():
+            on_error(EngineError(text))
 
     async def _ping(self) -> None:
         while True:

@@ -38,6 +38,7 @@ class Detokenizer:
         skipped = tokenizer.special_token_ids if skip_special_tokens else frozenset()
         self._decoder = _ByteDecoder(tokenizer, skipped) if tokenizer.byte_level else _WindowDecoder(tokenizer, skipped)
         self._matchers = [_Matcher(s) for s in sorted(stop, key=len, reverse=True)]
+        self._first_chars = frozenset(s[0] for s in stop)
         self._include_stop = include_stop_str_in_output
         self._min_tokens = min_tokens
         self._held = ""  # decoded, but may be the beginning of a stop string
@@ -46,6 +47,9 @@ class Detokenizer:
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Takes the next tokens and returns the text that may be sent now; after a stop hit always nothing."""
+        if not self._matchers:
+            self.num_tokens += len(token_ids)
+            return "".join(map(self._decoder.push, token_ids))
         pieces = []
         for token_id in token_ids:
             if self.stop_hit is not None:
@@ -64,8 +68,8 @@ class Detokenizer:
 
     def _release(self, piece: str) -> str:
         """What of the text held so far and `piece` may be sent."""
-        if not self._matchers:
-            return piece
+        if not self._held and self._first_chars.isdisjoint(piece):
+            return piece  # no stop string has begun or begins
         text = self._held + piece
         for end, char in enumerate(piece, len(self._held) + 1):
             # A list, not any(): every matcher must see every character.
@@ -109,13 +113,19 @@ class _ByteDecoder:
 
     def __init__(self, tokenizer: Tokenizer, skipped: frozenset[int]) -> None:
         self._tokenizer = tokenizer
+        self._whole_texts = tokenizer.whole_texts
         self._skipped = skipped
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._is_within = False  # a character that has begun and not ended
 
     def push(self, token_id: int) -> str:
+        if not self._is_within and (text := self._whole_texts.get(token_id)) is not None:
+            return text
         if token_id in self._skipped:
             return ""
-        return self._utf8.decode(self._tokenizer.token_bytes(token_id))
+        text = self._utf8.decode(self._tokenizer.token_bytes(token_id))
+        self._is_within = bool(self._utf8.getstate()[0])
+        return text
 
     def finish(self) -> str:
         return self._utf8.decode(b"", final=True)

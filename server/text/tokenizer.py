@@ -7,6 +7,7 @@ Knows nothing about requests; `detokenizer` decodes a growing output, `chat_temp
 
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ class Tokenizer:
         eos_token_ids: every id that ends a text.
         special_token_ids: ids that `skip_special_tokens` leaves out.
         byte_level: a text is the UTF-8 reading of its tokens' bytes; else the decoder has rules of its own.
+        whole_texts: id -> text of ordinary tokens that are whole characters, filled as `token_bytes` is asked for them.
 
     Raises:
         StartupError: a file is missing or broken; names the file.
@@ -67,6 +69,7 @@ class Tokenizer:
         # Metaspace, or Replace with this pattern: the character stands for a space.
         self._underline_is_space = any("\u2581" in json.dumps(step, ensure_ascii=False) for step in steps)
         self._token_bytes: dict[int, bytes] = {}  # id -> its bytes, filled as ids come up
+        self.whole_texts: dict[int, str] = {}
 
         source = _chat_template_source(folder, config, chat_template)
         self._chat_template = None if source is None else ChatTemplate(source, self._named)
@@ -125,6 +128,9 @@ class Tokenizer:
         else:
             data = (token.replace("\u2581", " ") if self._underline_is_space else token).encode()
         self._token_bytes[token_id] = data
+        if token_id not in self.special_token_ids:
+            with suppress(UnicodeDecodeError):
+                self.whole_texts[token_id] = data.decode()
         return data
 
     def is_byte_token(self, token_id: int) -> bool:

@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ import openai
 import pytest
 from api_fakes import EOS, MAX_MODEL_LEN, VOCAB_SIZE, eventually, logprobs_of, serving
 
+from octavo.server.api.sse import DONE, event
+from octavo.server.api.stream import BODY
 from octavo.server.engine.request import SamplingParams
 
 TEXT = "Grüße, Welt! 🌍 "
@@ -400,6 +402,75 @@ async def test_what_gathers_while_a_reader_is_slow_goes_out_as_one_write(tmp_pat
         events = [json.loads(event[6:]) for event in b"".join(writes).split(b"\n\n")[:-2]]
         assert "".join(event["choices"][0]["text"] for event in events) == "abcdefghij" * 5 + "0"
         assert len(writes) <= 3
+
+
+@pytest.mark.parametrize("writable", ["always", "never", "at times"])
+@pytest.mark.parametrize("n", [1, 3])
+async def test_tokens_are_written_past_the_task_where_the_server_can(tmp_path: Path, writable: str, n: int) -> None:
+    @dataclass
+    class Body:
+        num_asked: int = 0
+        num_writes: int = 0
+
+        @property
+        def is_writable(self) -> bool:
+            self.num_asked += 1
+            return writable == "always" or (writable == "at times" and self.num_asked % 3 == 0)
+
+        def write(self, data: bytes) -> None:
+            self.num_writes += 1
+            sent.append(data)
+
+    async with serving(tmp_path, "abcdefghij" * 5) as server:
+        fields = {"prompt": "a", "stream": True, "n": n, "max_tokens": 60, "stream_options": {"include_usage": True}}
+        headers = [(b"content-type", b"application/json")]
+        sent: list[bytes] = []
+        body = Body()
+        scope: dict[str, Any] = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b""}
+        requests = [{"type": "http.request", "body": json.dumps(fields).encode(), "more_body": False}]
+
+        async def receive() -> dict[str, Any]:
+            return requests.pop() if requests else await asyncio.sleep(60, {})
+
+        async def send(message: Any) -> None:
+            sent.append(message.get("body", b""))
+            if writable == "at times" and len(sent) % 3 == 0:
+                await asyncio.sleep(0)  # tokens come while the task sends
+
+        await server.app(scope | {"headers": headers, "state": {BODY: body}}, receive, send)
+        events = b"".join(sent).split(b"\n\n")
+        assert events[-2:] == [b"data: [DONE]", b""]
+        *chunks, usage = [json.loads(event[6:]) for event in events[:-2]]
+        assert usage["usage"]["completion_tokens"] == n * 52
+        for index in range(n):
+            mine = [choice for chunk in chunks for choice in chunk["choices"] if choice["index"] == index]
+            assert "".join(choice["text"] for choice in mine) == "abcdefghij" * 5 + str(index)
+            assert [choice["finish_reason"] for choice in mine] == [None] * (len(mine) - 1) + ["stop"]
+        assert (body.num_writes > 10) == (writable != "never")
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize(
+    "options", [{}, {"n": 2}, {"stream_options": {"include_usage": True}}, {"stop": "zz"}], ids=str
+)
+async def test_chunks_of_text_alone_have_the_form_of_all_others(
+    tmp_path: Path, path: str, options: dict[str, Any]
+) -> None:
+    prompt = {"messages": USER} if "chat" in path else {"prompt": "Hi", "echo": True}
+    for text in ("plain", TEXT, '"?" \\ \n \0 {"text":"?"} </script>'):
+        async with serving(tmp_path, text) as server:
+            request = {**prompt, **options, "stream": True, "max_tokens": 60, "request_id": "mine"}
+            plain = (await server.post(path, request)).text
+            general = (await server.post(path, {**request, "return_token_ids": True})).text
+            others = [json.loads(event[6:]) for event in general.split("\n\n")[:-2]]
+            for chunk in others:
+                chunk.pop("prompt_token_ids", None)
+                for choice in chunk["choices"]:
+                    choice.pop("token_ids", None)
+                    choice.pop("prompt_token_ids", None)
+            created = json.loads(plain.split("\n\n")[0][6:])["created"]
+            expected = b"".join(event(chunk | {"created": created}) for chunk in others) + DONE
+            assert plain.encode() == expected
 
 
 async def test_the_openai_client(tmp_path: Path) -> None:

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 from api_fakes import Server, eventually, serving
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from octavo.server.api.metrics import lengths_up_to
+from octavo.server.api.metrics import FixedHistogram, lengths_up_to
 
 Sample = tuple[str, tuple[tuple[str, str], ...]]
 
@@ -28,6 +29,25 @@ async def scrape(server: Server) -> dict[Sample, float]:
 def test_length_buckets() -> None:
     assert lengths_up_to(200) == (1, 2, 5, 10, 20, 50, 100, 200)
     assert lengths_up_to(199) == (1, 2, 5, 10, 20, 50, 100)
+
+
+def test_histograms_show_themselves_as_those_of_the_library() -> None:
+    theirs, ours = CollectorRegistry(), CollectorRegistry()
+    buckets = (0.01, 0.5, 1.0, 20.0)
+    library = Histogram("x_seconds", "Some text.", ("model_name", "engine"), buckets=buckets, registry=theirs)
+    fixed = FixedHistogram("x_seconds", "Some text.", buckets, ("tiny", "0"))
+    ours.register(fixed)
+    for value in (0.0, 0.01, 0.02, 0.5, 3.0, 20.0, 21.0, 1e9):
+        library.labels("tiny", "0").observe(value)
+        fixed.observe(value)
+
+    def lines(registry: CollectorRegistry) -> list[str]:
+        created = 'x_seconds_created{engine="0",model_name="tiny"}'
+        return [
+            created if line.startswith(created) else line for line in generate_latest(registry).decode().split("\n")
+        ]
+
+    assert lines(ours) == lines(theirs)
 
 
 async def test_a_finished_request_moves_what_it_should(tmp_path: Path) -> None:
