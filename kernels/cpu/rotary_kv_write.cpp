@@ -27,7 +27,14 @@ struct Rotary : Args {
     // The head rotated in place.
     void rotate(T* head, const float* table) const {
         const int64_t half = rotary_size / 2;
-        for (int64_t i = 0; i < half; i++) {
+        int64_t i = 0;
+        for (; i + LANES <= half; i += LANES) {
+            const f32x16 a = load(head + i), b = load(head + i + half);
+            const f32x16 c = load(table + i), s = load(table + i + half);
+            store(head + i, fma(a, c, -(b * s)));
+            store(head + i + half, fma(b, c, a * s));
+        }
+        for (; i < half; i++) {
             const float a = to_float(head[i]), b = to_float(head[i + half]);
             const float c = table[i], s = table[i + half];
             store_one(head + i, __builtin_fmaf(a, c, -(b * s)));
@@ -49,7 +56,8 @@ struct Rotary : Args {
             const T* v = row + (heads + kv_heads + h) * head_size;
             T* k_slot = k_tiles + h * tile + offset * S;
             T* v_slot = v_tiles + h * tile + offset / S * S * head_size + offset % S;
-            for (int64_t i = 0; i < head_size; i++) k_slot[i / S * block_size * S + i % S] = k[i];
+            for (int64_t i = 0; i < head_size; i += S)
+                for (int j = 0; j < S; j++) k_slot[i * block_size + j] = k[i + j];
             for (int64_t i = 0; i < head_size; i++) v_slot[i * S] = v[i];
         }
     }

@@ -94,17 +94,8 @@ public:
 
     // False where the logits hold NaN or +inf, or nothing but -inf.
     bool finite() {
-        f32x16 top = splat(NEG_INF);
-        i32x16 nan = {};
-        for (int64_t i = 0; i < vocab_; i += LANES) {
-            const f32x16 v = load_partial(raw_ + i, vocab_ - i, NEG_INF);
-            nan |= v != v;
-            top = max(top, v);
-        }
-        const float most = max_lanes(top);
-        for (int i = 0; i < LANES; i++)
-            if (nan[i]) return false;
-        return std::isfinite(most);
+        likeliest_raw_ = likeliest(raw_);
+        return std::isfinite(likeliest_raw_.score);
     }
 
     // log(sum(exp(raw))): eight logical shards of the vocabulary, each relative to its own maximum, merged in a fixed tree.
@@ -152,10 +143,10 @@ public:
     // Bans that leave no token at all are not applied.
     int32_t draw() {
         edit(true);
-        Best best = likeliest();
+        Best best = x_ == raw_ ? likeliest_raw_ : likeliest(x_);
         if (best.id < 0) {
             edit(false);
-            best = likeliest();
+            best = likeliest(x_);
         }
         if (best.id < 0) return allowed_[row_.allowed_begin];  // the model itself gives these no probability
         if (row_.temperature == 0.0f) return best.id;
@@ -165,10 +156,22 @@ public:
     }
 
 private:
-    Best likeliest() const {
+    // The lowest id among equals. Id -1, score -inf: there are none but -inf; score NaN: there is one.
+    Best likeliest(const float* x) const {
+        f32x16 top = splat(NEG_INF);
+        i32x16 nan = {}, at = {}, ids = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        for (int64_t i = 0; i < vocab_; i += LANES, ids += LANES) {
+            const f32x16 v = load_partial(x + i, vocab_ - i, NEG_INF);
+            const i32x16 better = v > top;
+            nan |= v != v;
+            at = better ? ids : at;
+            top = select(better, v, top);
+        }
         Best best;
-        for (int64_t i = 0; i < vocab_; i++)
-            if (x_[i] > best.score) best.score = x_[i], best.id = (int32_t)i;
+        for (int i = 0; i < LANES; i++) {
+            if (nan[i]) return {std::numeric_limits<float>::quiet_NaN(), -1};
+            if (top[i] > NEG_INF) best.offer(top[i], at[i]);
+        }
         return best;
     }
 
@@ -321,7 +324,8 @@ private:
     const int32_t* tokens_;
     const Edit* edits_;
     const int32_t* allowed_;
-    float max_ = 0.0f;
+    Best likeliest_raw_;
+    float max_ = 0.0f;  // after the edits
 };
 
 struct Args {

@@ -53,7 +53,12 @@ inline f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
 #endif
 }
 
-inline f32x16 max(f32x16 a, f32x16 b) { return a > b ? a : b; }
+inline f32x16 max(f32x16 a, f32x16 b) {
+#if defined(__AVX512F__)
+    return (f32x16)_mm512_max_ps((__m512)a, (__m512)b);
+#endif
+    return a > b ? a : b;
+}
 
 inline f32x16 select(i32x16 mask, f32x16 a, f32x16 b) { return mask ? a : b; }
 
@@ -86,6 +91,9 @@ inline float to_float(float x) { return x; }
 
 inline f32x16 load(const float* p) { return load_vec<f32x16>(p); }
 inline f32x16 load(const bf16* p) {
+#if defined(__AVX512F__)
+    return (f32x16)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_vec<__m256i>(p)), 16);
+#endif
     u32x16 wide = __builtin_convertvector(load_vec<u16x16>(p), u32x16) << 16;
     return (f32x16)wide;
 }
@@ -111,6 +119,21 @@ inline void store(bf16* p, f32x16 v) {
     rounded = (rounded & ~is_nan) | (((bits >> 16) | 0x40) & is_nan);
     u16x16 narrow = __builtin_convertvector(rounded, u16x16);
     std::memcpy(p, &narrow, sizeof narrow);
+}
+
+// Stores v and gives what is stored, which in bfloat16 is rounded.
+inline f32x16 store_rounded(float* p, f32x16 v) {
+    store(p, v);
+    return v;
+}
+inline f32x16 store_rounded(bf16* p, f32x16 v) {
+#if defined(__AVX512BF16__)
+    const __m256i narrow = (__m256i)_mm512_cvtneps_pbh((__m512)v);
+    std::memcpy(p, &narrow, sizeof narrow);
+    return (f32x16)_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16);
+#endif
+    store(p, v);
+    return load(p);
 }
 
 inline void store_one(float* p, float f) { *p = f; }
@@ -190,6 +213,28 @@ inline f32x16 exp(f32x16 x) {
 }
 
 inline float exp(float x) { return exp(splat(x))[0]; }
+
+// 2^x for x <= 0: |r| <= 1/2, degree 6 (after Cephes, exp2f), or 4 and an error of 3e-6, which is plenty for what is then
+// rounded to bfloat16. Below -126 the result is 0, which also gives 2^-inf = 0.
+template <int DEGREE = 6>
+inline f32x16 exp2(f32x16 x) {
+    constexpr float C[2][7] = {
+        {1.0f, 6.931472028550421e-1f, 2.402264791363012e-1f, 5.550332471162809e-2f, 9.618437357674640e-3f,
+         1.339887440266574e-3f, 1.535336188319500e-4f},
+        {9.999992847e-01f, 6.931217909e-01f, 2.402474433e-01f, 5.591785908e-02f, 9.570101276e-03f},
+    };
+    const float* c = C[DEGREE == 6 ? 0 : 1];
+    const f32x16 magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, which its lowest bits hold
+    const f32x16 shifted = x + magic;
+    const f32x16 r = x - (shifted - magic);
+    f32x16 p = splat(c[DEGREE]);
+#pragma GCC unroll 6
+    for (int i = DEGREE - 1; i >= 0; i--) p = fma(p, r, splat(c[i]));
+    const f32x16 scaled = (f32x16)((i32x16)p + ((i32x16)shifted << 23));
+    return select(x < splat(-126.0f), splat(0.0f), scaled);
+}
+
+inline float exp2(float x) { return exp2(splat(x))[0]; }
 
 // log of a positive, normal, finite number.
 inline f32x16 log(f32x16 x) {

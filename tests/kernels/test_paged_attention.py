@@ -115,6 +115,28 @@ def test_a_position_has_the_same_bits_in_prefill_chunk_and_decode(window: int, d
         assert torch.equal(part.run([0], window), want[context - new : context]), (new, context)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+@pytest.mark.parametrize("window", [0, 300, 1500])
+def test_long_contexts_in_pieces(window: int, dtype: torch.dtype, tolerance: float) -> None:
+    lengths = [(1, 1023), (1, 1024), (1, 1025), (1, 2048), (3, 2049), (40, 2070), (1, 3000)]
+    case = Case(lengths, 6, 2, 64, 32, dtype)
+    everything = list(range(len(lengths)))
+    got, want = case.run(everything, window), case.exact(everything, window)
+    torch.testing.assert_close(got.double(), want.double(), atol=tolerance, rtol=tolerance)
+    begin = 0
+    for i, (new, _) in enumerate(lengths):  # alone, its pieces are worked on side by side: the very same bits
+        assert torch.equal(case.run([i], window), got[begin : begin + new]), lengths[i]
+        begin += new
+
+
+def test_nothing_finite_comes_of_what_is_not() -> None:
+    case = Case([(1, 70), (1, 1100)], 2, 1, 32, 16, torch.bfloat16)
+    case.cache[case.tables[0, 2]] = float("nan")
+    case.cache[case.tables[1, 3]] = float("inf")
+    got = case.run([0, 1])
+    assert bool(got.isnan().all(dim=1).all())
+
+
 def test_large_scores_do_not_overflow() -> None:
     case = Case([(3, 100)], 2, 1, 32, 16, torch.float32)
     case.rows[0] *= 1000
