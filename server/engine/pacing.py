@@ -9,9 +9,10 @@ left out until three have.
 from collections import deque
 from statistics import median
 
-# Beside a prefill, streams are to stall for no more than 3 times their usual pace even in their worst steps. At 2 the
-# machine's time is shared equally between decodes and prefill, and the rest is for what the estimate does not foresee.
-MAX_SLOWDOWN = 2.0
+# Decodes and prefills share the machine's time in proportion to their numbers, decodes getting no more than half. So a
+# few prefills slow many streams down to half their pace, which leaves room below a third for what the estimate does not
+# foresee, and a few streams do not hold up many prompts.
+MIN_SLOWDOWN = 2.0
 ROW_TILE = 16  # kernels take a step's tokens in tiles: prefill fills them up, and gets one at the least
 NUM_ALONE = 3  # steps without prefill that tell how long the decodes take
 MOST_MIXED = 64  # steps with prefill after which they are to tell it again
@@ -52,8 +53,10 @@ class Pacer:
             decodes.alone_s.clear()
             decodes.num_mixed = 0
 
-    def max_prefill_tokens(self, num_decodes: int) -> int:
-        """Most prefill tokens for a step beside so many decodes: the whole budget where nothing decodes.
+    def max_prefill_tokens(self, num_decodes: int, num_prefills: int) -> int:
+        """Most prefill tokens for a step in which so many choices decode, and so many others wait for their prefill.
+
+        The whole budget where nothing decodes.
 
         0: the step is to show how long the decodes take alone. Never more than NUM_ALONE times in a row for about the
         same number of decodes, if the steps are observed.
@@ -65,7 +68,8 @@ class Pacer:
             return 0
         num_tiles = 0
         if self._token_s:
-            num_tokens = (MAX_SLOWDOWN - 1.0) * median(decodes.alone_s) / median(self._token_s)
+            slowdown = max(MIN_SLOWDOWN, 1.0 + num_prefills / num_decodes)
+            num_tokens = (slowdown - 1.0) * median(decodes.alone_s) / median(self._token_s)
             num_tiles = round(min(num_decodes + num_tokens, self._max_num_batched_tokens) / ROW_TILE)
         return max(num_tiles * ROW_TILE - num_decodes, ROW_TILE)
 

@@ -112,10 +112,10 @@ class Scheduler:
         """Whether a choice has not ended. If so, and every planned step is applied, `plan_step` gives a plan."""
         return bool(self._choices)
 
-    @property
-    def num_decoding(self) -> int:
-        """Running choices of which the next step could compute one token, and no more."""
-        return sum(choice.num_plannable == 1 for choice in self._running)
+    def num_decodes_and_prefills(self) -> tuple[int, int]:
+        """Choices of which the next step could compute one token and no more; others that run, or for which is room."""
+        num_decodes = sum(choice.num_plannable == 1 for choice in self._running)
+        return num_decodes, len(self._running) - num_decodes + min(len(self._waiting), len(self._free_slots))
 
     def add(self, request: GenerationRequest) -> None:
         """Queues the choices of a valid request whose id is not in use."""

@@ -2,7 +2,7 @@
 
 import pytest
 
-from octavo.server.engine.pacing import MAX_SLOWDOWN, MOST_MIXED, NUM_ALONE, ROW_TILE, Pacer
+from octavo.server.engine.pacing import MIN_SLOWDOWN, MOST_MIXED, NUM_ALONE, ROW_TILE, Pacer
 
 BUDGET = 512
 
@@ -13,6 +13,7 @@ class Machine:
     def __init__(self, base_s: float = 9e-3, decode_s: float = 0.65e-3, token_s: float = 0.3e-3) -> None:
         self.base_s, self.decode_s, self.token_s = base_s, decode_s, token_s
         self.pacer = Pacer(BUDGET)
+        self.num_prefills = 1
 
     def step_s(self, num_decodes: int, num_prefill_tokens: int) -> float:
         return self.base_s + num_decodes * self.decode_s + num_prefill_tokens * self.token_s
@@ -26,7 +27,7 @@ class Machine:
         """Prefill tokens of the next steps, as paced."""
         nums = []
         for _ in range(num_steps):
-            nums.append(self.pacer.max_prefill_tokens(num_decodes))
+            nums.append(self.pacer.max_prefill_tokens(num_decodes, self.num_prefills))
             self.run(num_decodes, nums[-1])
         return nums
 
@@ -47,8 +48,8 @@ def test_a_step_takes_about_twice_as_long_as_its_decodes_alone(num_decodes: int,
     machine.run(num_decodes, 0, times=NUM_ALONE)
     nums = machine.prefill(num_decodes, 20)
     half_a_tile = 0.5 * ROW_TILE * token_s / machine.step_s(num_decodes, 0)
-    assert max(machine.slowdown(num_decodes, num) for num in nums) <= MAX_SLOWDOWN + 1.01 * half_a_tile
-    assert machine.slowdown(num_decodes, nums[-1]) >= MAX_SLOWDOWN - 1.01 * half_a_tile
+    assert max(machine.slowdown(num_decodes, num) for num in nums) <= MIN_SLOWDOWN + 1.01 * half_a_tile
+    assert machine.slowdown(num_decodes, nums[-1]) >= MIN_SLOWDOWN - 1.01 * half_a_tile
     assert {(num_decodes + num) % ROW_TILE for num in nums} == {0}
 
 
@@ -66,7 +67,7 @@ def test_prefill_that_never_ends_does_not_keep_the_decodes_from_being_timed() ->
     assert nums.count(0) == 4 * NUM_ALONE
     machine.base_s = 40e-3  # contexts have grown
     nums = machine.prefill(8, 2 * (MOST_MIXED + NUM_ALONE))
-    assert machine.slowdown(8, nums[-1]) == pytest.approx(MAX_SLOWDOWN, abs=0.1)
+    assert machine.slowdown(8, nums[-1]) == pytest.approx(MIN_SLOWDOWN, abs=0.1)
 
 
 def test_one_disturbed_step_changes_nothing() -> None:
@@ -74,11 +75,11 @@ def test_one_disturbed_step_changes_nothing() -> None:
     machine.run(0, BUDGET)
     machine.run(8, 0, times=NUM_ALONE)
     machine.run(8, 48, times=5)
-    before = machine.pacer.max_prefill_tokens(8)
+    before = machine.pacer.max_prefill_tokens(8, 1)
     machine.run(8, 0, disturbance=20)
-    assert machine.pacer.max_prefill_tokens(8) == before
+    assert machine.pacer.max_prefill_tokens(8, 1) == before
     machine.run(8, 48, disturbance=20)
-    assert machine.pacer.max_prefill_tokens(8) == before
+    assert machine.pacer.max_prefill_tokens(8, 1) == before
 
 
 def test_the_cost_of_a_token_is_followed_both_ways() -> None:
@@ -88,7 +89,7 @@ def test_the_cost_of_a_token_is_followed_both_ways() -> None:
     usual = machine.prefill(8, 10)[-1]
     machine.token_s *= 2  # attention to a longer context
     dear = machine.prefill(8, 10)[-1]
-    assert dear < usual and machine.slowdown(8, dear) < 1.25 * MAX_SLOWDOWN
+    assert dear < usual and machine.slowdown(8, dear) < 1.25 * MIN_SLOWDOWN
     machine.token_s /= 2
     assert machine.prefill(8, 10)[-1] == usual
 
@@ -100,7 +101,7 @@ def test_decodes_that_have_become_cheaper_do_not_free_the_budget() -> None:
     machine.base_s = 9e-3
     nums = machine.prefill(8, MOST_MIXED + 10)
     assert max(nums) < BUDGET / 2
-    assert machine.slowdown(8, nums[-1]) == pytest.approx(MAX_SLOWDOWN, abs=0.2)
+    assert machine.slowdown(8, nums[-1]) == pytest.approx(MIN_SLOWDOWN, abs=0.2)
 
 
 def test_there_is_progress_on_the_slowest_machine() -> None:
@@ -112,3 +113,12 @@ def test_there_is_progress_on_the_slowest_machine() -> None:
 def test_never_over_the_budget() -> None:
     machine = Machine(token_s=1e-9)
     assert max(machine.prefill(200, 50)) + 200 <= BUDGET
+
+
+def test_few_decodes_do_not_hold_up_many_prompts() -> None:
+    machine = Machine()
+    machine.run(0, BUDGET)
+    one = machine.prefill(2, 10)[-1]
+    machine.num_prefills = 6
+    assert machine.slowdown(2, one) == pytest.approx(MIN_SLOWDOWN, abs=0.3)
+    assert machine.slowdown(2, machine.prefill(2, 10)[-1]) == pytest.approx(4.0, abs=0.4)

@@ -248,7 +248,7 @@ def test_the_prefill_limit_spares_decodes() -> None:
     step(scheduler)
     scheduler.add(request("c", 20))
     scheduler.add(request("d", 3))
-    assert scheduler.num_decoding == 2
+    assert scheduler.num_decodes_and_prefills() == (2, 2)
     seen = []
     for limit in (8, 0, 8, 8):
         plan = plan_of(scheduler, max_prefill_tokens=limit)
@@ -260,7 +260,7 @@ def test_the_prefill_limit_spares_decodes() -> None:
         [(0, 7, 1, True), (1, 4, 1, True), (2, 8, 8, False)],
         [(0, 8, 1, True), (1, 5, 1, True), (2, 16, 4, True), (3, 0, 3, True)],
     ]
-    assert scheduler.num_decoding == 4
+    assert scheduler.num_decodes_and_prefills() == (4, 0)
 
 
 def test_a_limited_prefill_leaves_the_budget_to_decodes_behind_it() -> None:
