@@ -163,6 +163,7 @@ class Generation:
         self._num_running = len(self.choices)
         self.is_running = True
         self._error: Exception | None = None
+        self._has_hole = False  # a delta could not be used, so what comes behind it does not count
         self._on_gain: Callable[[], None] = _ignore
 
     @property
@@ -182,7 +183,7 @@ class Generation:
 
     def check(self) -> None:
         """Raises EngineError, RequestError, or what `cut` was given, if that ended the request."""
-        if self._error is not None and self._num_running:
+        if self._error is not None and (self._num_running or self._has_hole):
             raise self._error
 
     def cut(self, error: Exception) -> None:
@@ -242,12 +243,15 @@ class Generation:
 
     def _receive(self, prompt_index: int, deltas: list[Delta]) -> None:
         """Called by the engine, whose other callers must not suffer from what fails here."""
+        if self._has_hole:
+            return
         try:
             now = time.monotonic()
             for delta in deltas:
                 self._apply(prompt_index, delta, now)
             self._on_gain()
         except Exception as error:
+            self._has_hole = True
             self.cut(error)
 
     def _apply(self, prompt_index: int, delta: Delta, now: float) -> None:

@@ -59,7 +59,7 @@ class EngineStats:
 
     num_running: int = 0
     num_waiting: int = 0
-    num_deferred: int = 0  # of the waiting: choices that wait for their request's first one to compute the prompt
+    num_deferred: int = 0  # of the waiting: choices whose next blocks a running one computes
     num_blocks_used: int = 0  # owned by choices; cached but unowned blocks count as free
     prefix_cache_queries: int = 0  # tokens
     prefix_cache_hits: int = 0  # tokens

@@ -141,7 +141,8 @@ class EngineClient(asyncio.Protocol):
 
     async def abort(self, request_id: str) -> bool:
         """End all choices of a request with `FinishReason.ABORT`, as a delta says. False where it is not known."""
-        if request_id not in self._callers:
+        entry = self.journal.entries.get(request_id)
+        if entry is None or not entry.open_choices:
             return False
         self._send(Abort(request_id))
         return True
@@ -174,6 +175,8 @@ class EngineClient(asyncio.Protocol):
             self._hand_out(deltas)
             log.exception("reading from the engine failed")
             self._died(f"reading from the engine failed: {type(error).__name__}")
+            if self._transport is not None:
+                self._transport.abort()  # what comes behind it cannot be told apart
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The socket is closed: the process has ended, or is to end."""
@@ -189,9 +192,8 @@ class EngineClient(asyncio.Protocol):
                 deltas.setdefault(delta.request_id, []).append(delta)
 
     def _hand_out(self, deltas: dict[str, list[Delta]]) -> None:
-        for request_id, own in deltas.items():
-            self._callers[request_id][0](own)
-        deltas.clear()
+        for request_id in list(deltas):
+            self._callers[request_id][0](deltas.pop(request_id))
 
     def _handle(self, message: Ready | Failed | Pong) -> None:
         match message:

@@ -9,10 +9,11 @@ left out until three have.
 from collections import deque
 from statistics import median
 
-# Decodes and prefills share the machine's time in proportion to their numbers, decodes getting no more than half. So a
-# few prefills slow many streams down to half their pace, which leaves room below a third for what the estimate does not
-# foresee, and a few streams do not hold up many prompts.
+# A few prefills slow many streams down to half their pace, which leaves room below a third for what the estimate does
+# not foresee. A prefill that waits weighs as much as 8 streams: a few of them do not hold up many prompts, whose small
+# chunks would cost more time than they leave to the streams.
 MIN_SLOWDOWN = 2.0
+PREFILL_WEIGHT = 8.0
 ROW_TILE = 16  # kernels take a step's tokens in tiles: prefill fills them up, and gets one at the least
 NUM_ALONE = 3  # steps without prefill that tell how long the decodes take
 MOST_MIXED = 64  # steps with prefill after which they are to tell it again
@@ -68,7 +69,7 @@ class Pacer:
             return 0
         num_tiles = 0
         if self._token_s:
-            slowdown = max(MIN_SLOWDOWN, 1.0 + num_prefills / num_decodes)
+            slowdown = max(MIN_SLOWDOWN, 1.0 + PREFILL_WEIGHT * num_prefills / num_decodes)
             num_tokens = (slowdown - 1.0) * median(decodes.alone_s) / median(self._token_s)
             num_tiles = round(min(num_decodes + num_tokens, self._max_num_batched_tokens) / ROW_TILE)
         return max(num_tiles * ROW_TILE - num_decodes, ROW_TILE)

@@ -13,7 +13,7 @@ class Machine:
     def __init__(self, base_s: float = 9e-3, decode_s: float = 0.65e-3, token_s: float = 0.3e-3) -> None:
         self.base_s, self.decode_s, self.token_s = base_s, decode_s, token_s
         self.pacer = Pacer(BUDGET)
-        self.num_prefills = 1
+        self.num_prefills = 0
 
     def step_s(self, num_decodes: int, num_prefill_tokens: int) -> float:
         return self.base_s + num_decodes * self.decode_s + num_prefill_tokens * self.token_s
@@ -118,7 +118,8 @@ def test_never_over_the_budget() -> None:
 def test_few_decodes_do_not_hold_up_many_prompts() -> None:
     machine = Machine()
     machine.run(0, BUDGET)
-    one = machine.prefill(2, 10)[-1]
-    machine.num_prefills = 6
-    assert machine.slowdown(2, one) == pytest.approx(MIN_SLOWDOWN, abs=0.3)
-    assert machine.slowdown(2, machine.prefill(2, 10)[-1]) == pytest.approx(4.0, abs=0.4)
+    assert machine.slowdown(8, machine.prefill(8, 10)[-1]) == pytest.approx(MIN_SLOWDOWN, abs=0.2)
+    machine.num_prefills = 4
+    assert machine.slowdown(8, machine.prefill(8, 10)[-1]) == pytest.approx(5.0, abs=0.5)
+    machine.num_prefills = 100
+    assert machine.prefill(8, 10)[-1] + 8 == BUDGET
