@@ -122,6 +122,7 @@ void panels(const Args& a, int64_t begin, int64_t end) {
 constexpr int64_t TILE_ROWS = 16, TILE_K = 32, LINE = 64;
 // Up to so many rows the time goes into streaming the weights: x is held, four panels go by at once.
 constexpr int64_t FEW_ROWS = 64;
+constexpr int64_t BLOCK_ROWS = 128, GROUP_PANELS = 12;
 
 // x tile 4 and sums 0, 1 have `first` rows; x tile 5 and sums 2, 3 have `second`.
 void configure(int first, int second) {
@@ -238,28 +239,50 @@ void panels_by_tiles(const Args& a, int64_t begin, int64_t end) {
 }
 #endif
 
-// Units of `unit` panels that a thread takes at a time: few enough that all threads end at about the same time, as many
-// panels as the registers hold where there are many.
-int64_t units_at_a_time(int64_t num_units, int64_t unit) {
-    const int64_t threads = num_threads(), most = MAX_PANELS / unit;
-    int64_t best = 1, least = INT64_MAX;
-    for (int64_t size = most; size >= 1; size--) {
-        const int64_t takes = (num_units + size - 1) / size;
-        const int64_t longest = (takes + threads - 1) / threads * size;  // units of the busiest thread
+// Panels that a thread takes at a time: few enough that all threads end at about the same time, as many as the registers
+// hold where there are many. Always an even number, so that no two threads write to one cache line of the results.
+int64_t panels_at_a_time(int64_t num_panels) {
+    const int64_t threads = num_threads();
+    int64_t best = 2, least = INT64_MAX;
+    for (int64_t size = MAX_PANELS; size >= 2; size -= 2) {
+        const int64_t takes = (num_panels + size - 1) / size;
+        const int64_t longest = (takes + threads - 1) / threads * size;  // panels of the busiest thread
         if (longest < least) best = size, least = longest;
     }
-    return best * std::max<int64_t>(1, num_units / (best * threads * 8));
+    return best * std::max<int64_t>(1, num_panels / (best * threads * 8));
 }
+
+#if defined(__AMX_BF16__)
+// Many rows: a take is a block of rows by a group of panels, so that threads that work at the same time read the same
+// weights and share no line of x and the results.
+template <typename O>
+void many_rows_by_tiles(const Args& a, int64_t num_panels) {
+    const int64_t blocks = (a.m + BLOCK_ROWS - 1) / BLOCK_ROWS, out_size = a.gated ? a.n / 2 : a.n;
+    const int64_t groups = (num_panels + GROUP_PANELS - 1) / GROUP_PANELS;
+    parallel_for(blocks * groups, [&](int64_t i) {
+        const int64_t row = i % blocks * BLOCK_ROWS, begin = i / blocks * GROUP_PANELS;
+        Args block = a;
+        block.m = std::min(BLOCK_ROWS, a.m - row);
+        block.x = (const bf16*)a.x + row * a.x_stride;
+        block.out = (O*)a.out + row * out_size;
+        if (a.residual) block.residual = (const O*)a.residual + row * out_size;
+        panels_by_tiles<O>(block, begin, std::min(num_panels, begin + GROUP_PANELS));
+    });
+}
+#endif
 
 template <typename T, typename O>
 void matmul(const Args& a) {
-    const int64_t unit = a.gated ? 2 : 1;  // panels that must stay together
-    const int64_t num_units = (a.n + LANES * unit - 1) / (LANES * unit), size = units_at_a_time(num_units, unit);
-    parallel_for((num_units + size - 1) / size, [&](int64_t i) {
-        const int64_t begin = i * size * unit, end = std::min(num_units, (i + 1) * size) * unit;
+    const int64_t num_panels = (a.n + LANES - 1) / LANES, size = panels_at_a_time(num_panels);
 #if defined(__AMX_BF16__)
-        // By the weight's shape alone: a weight has one instruction class, whatever the number of rows.
-        if (sizeof(T) == 2 && a.k % TILE_K == 0) return panels_by_tiles<O>(a, begin, end);
+    // By the weight's shape alone: a weight has one instruction class, whatever the number of rows.
+    const bool by_tiles = sizeof(T) == 2 && a.k % TILE_K == 0;
+    if (by_tiles && a.m > FEW_ROWS) return many_rows_by_tiles<O>(a, num_panels);
+#endif
+    parallel_for((num_panels + size - 1) / size, [&](int64_t i) {
+        const int64_t begin = i * size, end = std::min(num_panels, begin + size);
+#if defined(__AMX_BF16__)
+        if (by_tiles) return panels_by_tiles<O>(a, begin, end);
 #endif
         panels<T, O>(a, begin, end);
     });
