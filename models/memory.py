@@ -53,5 +53,5 @@ def workspace_bytes(config: ModelConfig, num_tokens: int, dtype: torch.dtype) ->
 
 
 def state_bytes(config: ModelConfig, num_slots: int, max_len: int, block_size: int) -> int:
-    """Bytes of the rotary table, and of the tokens and block tables of all slots."""
-    return 4 * max_len * config.head_size + 4 * num_slots * (max_len + -(-max_len // block_size))
+    """Bytes of the rotary table, and of the tokens and block tables of all slots, the latter once more for a step."""
+    return 4 * max_len * config.head_size + 4 * num_slots * (max_len + 2 * -(-max_len // block_size))

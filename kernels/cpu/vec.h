@@ -214,7 +214,7 @@ inline f32x16 exp(f32x16 x) {
 
 inline float exp(float x) { return exp(splat(x))[0]; }
 
-// 2^x for x <= 0: |r| <= 1/2, degree 6 (after Cephes, exp2f), or 4 and an error of 3e-6, which is plenty for what is then
+// 2^x for x below 128: |r| <= 1/2, degree 6 (after Cephes, exp2f), or 4 and an error of 3e-6, which is plenty for what is then
 // rounded to bfloat16. Below -126 the result is 0, which also gives 2^-inf = 0.
 template <int DEGREE = 6>
 inline f32x16 exp2(f32x16 x) {

@@ -121,10 +121,10 @@ def test_a_stopped_server_is_gone() -> None:
 
 def test_memory_is_that_of_the_whole_tree() -> None:
     size = 50 << 20
-    hog = shlex.join([sys.executable, "-c", f"kept = b'x' * {size}; print(flush=True); input()"])
-    command = ["sh", "-c", f"{hog} <&0 & wait"]
+    hog = shlex.join([sys.executable, "-c", f"import time; kept = b'x' * {size}; print(flush=True); time.sleep(60)"])
+    command = ["sh", "-c", f"{hog} & wait"]
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
     ) as process:
         assert process.stdout is not None
         process.stdout.readline()
