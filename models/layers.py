@@ -45,6 +45,7 @@ class Linear:
     def __call__(self, x: Tensor, out: Tensor, residual: Tensor | None = None) -> Tensor:
         """x: [rows, k]; out: [rows, n] (or n / 2), which also may be the residual that is added. Returns out."""
         if self.weight.num_parts == 2:
+            assert residual is None
             return gated_matmul(x, self.weight, self.bias, out)
         return matmul(x, self.weight, self.bias, residual, out=out)
 

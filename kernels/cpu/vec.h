@@ -1,7 +1,8 @@
 // Sixteen-lane float vectors, bfloat16 conversion, and the one polynomial for exp and log.
 //
 // All arithmetic here and in the ops is explicit: the build turns contraction off, so a multiply-add is fused only where
-// `fma` says so. A lane's result therefore does not depend on the instruction set or on how a loop was unrolled.
+// `fma` says so. A lane's float32 result therefore does not depend on the instruction set or on how a loop was unrolled;
+// bfloat16 products and roundings are the machine's own where it has them.
 #pragma once
 
 #include <cstdint>

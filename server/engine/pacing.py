@@ -9,9 +9,9 @@ left out until three have.
 from collections import deque
 from statistics import median
 
-# A few prefills slow many streams down to half their pace, which leaves room below a third for what the estimate does
-# not foresee. A prefill that waits weighs as much as 8 streams: a few of them do not hold up many prompts, whose small
-# chunks would cost more time than they leave to the streams.
+# A few prefills slow many streams down to half their pace: of the three times that a gap may grow, the rest is for what
+# the estimate does not foresee. A prefill that waits weighs as much as 8 streams: a few of them do not hold up many
+# prompts, whose small chunks would cost more time than they leave to the streams.
 MIN_SLOWDOWN = 2.0
 PREFILL_WEIGHT = 8.0
 ROW_TILE = 16  # kernels take a step's tokens in tiles: prefill fills them up, and gets one at the least

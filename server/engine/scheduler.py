@@ -92,7 +92,7 @@ class Scheduler:
         self._waiting: OrderedDict[_Choice, None] = OrderedDict()
         self._deferred: dict[_Choice, None] = {}
         self._running: dict[_Choice, None] = {}  # in the order of admission
-        self._computing: dict[bytes, _Choice] = {}  # hash of a full block, not cached -> running choice to compute it
+        self._computing: dict[bytes, _Choice] = {}  # hash of a full block -> running choice to compute it
         self._awaiting: dict[bytes, list[_Choice]] = {}  # hash in _computing -> choices deferred for it, in order
         self._slots: list[_Choice | None] = [None] * max_num_seqs
         self._free_slots = list(range(max_num_seqs))[::-1]
@@ -113,9 +113,15 @@ class Scheduler:
         return bool(self._choices)
 
     def num_decodes_and_prefills(self) -> tuple[int, int]:
-        """Choices of which the next step could compute one token and no more; others that run, or for which is room."""
+        """Choices of which the next step could compute one token and no more; others that run, or could.
+
+        Where the blocks do not suffice for the head of the queue, none that waits could.
+        """
         num_decodes = sum(choice.num_plannable == 1 for choice in self._running)
-        return num_decodes, len(self._running) - num_decodes + min(len(self._waiting), len(self._free_slots))
+        num_waiting = min(len(self._waiting), len(self._free_slots))
+        if num_waiting and self._num_blocks_for(len(next(iter(self._waiting)).token_ids)) > self._pool.num_free:
+            num_waiting = 0
+        return num_decodes, len(self._running) - num_decodes + num_waiting
 
     def add(self, request: GenerationRequest) -> None:
         """Queues the choices of a valid request whose id is not in use."""

@@ -81,8 +81,8 @@ class Caller:
         self.committed.append([list(token_ids) for token_ids in entry.committed])
 
 
-@asynccontextmanager
-async def connected(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[EngineClient, Process]]:
+async def launched(monkeypatch: pytest.MonkeyPatch) -> tuple[EngineClient, Process, asyncio.Task[None]]:
+    """A client, the process that it launched, and its start, which waits for the process to say something."""
     processes: list[Process] = []
 
     def popen(*args: Any, **kwargs: Any) -> Process:
@@ -93,12 +93,18 @@ async def connected(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[Engi
     engine = EngineClient(EngineConfig(model="tiny"))
     start = asyncio.create_task(engine.start())
     await eventually(lambda: bool(processes))
-    processes[0].send(Ready(FakeEngine(lambda request, index: []).info))
+    return engine, processes[0], start
+
+
+@asynccontextmanager
+async def connected(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[EngineClient, Process]]:
+    engine, process, start = await launched(monkeypatch)
+    process.send(Ready(FakeEngine(lambda request, index: []).info))
     await start
     try:
-        yield engine, processes[0]
+        yield engine, process
     finally:
-        processes[0].channel.close()
+        process.channel.close()
         await engine.close()
         assert engine.state == "dead"
 
@@ -203,18 +209,9 @@ async def test_everybody_is_told_once_when_the_engine_ends(monkeypatch: pytest.M
 
 
 async def test_an_engine_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    processes: list[Process] = []
-
-    def popen(*args: Any, **kwargs: Any) -> Process:
-        processes.append(Process(*args, **kwargs))
-        return processes[0]
-
-    monkeypatch.setattr(subprocess, "Popen", popen)
-    engine = EngineClient(EngineConfig(model="tiny"))
-    start = asyncio.create_task(engine.start())
-    await eventually(lambda: bool(processes))
-    processes[0].send(Failed("too little memory", startup=True))
+    engine, process, start = await launched(monkeypatch)
+    process.send(Failed("too little memory", startup=True))
     with pytest.raises(StartupError, match="too little memory"):
         await start
-    processes[0].channel.close()
+    process.channel.close()
     await engine.close()

@@ -263,6 +263,17 @@ def test_the_prefill_limit_spares_decodes() -> None:
     assert scheduler.num_decodes_and_prefills() == (4, 0)
 
 
+def test_those_who_wait_for_blocks_are_no_prefills() -> None:
+    scheduler = make(num_blocks=8, block_size=4, max_model_len=32, max_num_seqs=4, max_num_batched_tokens=64)
+    scheduler.add(request("a", 20))
+    step(scheduler)
+    scheduler.add(request("b", 12))
+    assert scheduler.num_decodes_and_prefills() == (1, 1)
+    scheduler.add(request("c", 12))
+    step(scheduler)
+    assert scheduler.num_decodes_and_prefills() == (2, 0)
+
+
 def test_a_limited_prefill_leaves_the_budget_to_decodes_behind_it() -> None:
     scheduler = make(max_num_batched_tokens=8)
     scheduler.add(request("a", 20))
