@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from octavo.kernels import reference
+from octavo.kernels.backend import kernels
 from octavo.kernels.checks import COMPUTE_DTYPES, check, output
-from octavo.kernels.cpu.library import Args, address, launch, library
+from octavo.kernels.cpu.library import Args, address, launch
 
 PANEL = 16  # output columns that are stored together
 
@@ -52,7 +53,7 @@ class PackedWeight:
         if not 0 <= part < self.num_parts or row_begin + rows > part_size:
             raise ValueError(f"weight: rows [{begin}, {begin + rows}) do not fit the {self.n} rows that are packed")
         weight = weight.to(self.dtype).contiguous()
-        if library() is None:
+        if kernels() != "native":
             self.data.view(-1, self.k)[begin : begin + rows] = weight
             return
         args = _PackArgs(
@@ -70,7 +71,7 @@ class PackedWeight:
 
 def packed_bytes(n: int, k: int, dtype: torch.dtype) -> int:
     """Bytes of a packed weight [n, k]: what `empty_packed` allocates."""
-    rows = n if library() is None else -(-n // PANEL) * PANEL
+    rows = -(-n // PANEL) * PANEL if kernels() == "native" else n
     return rows * k * dtype.itemsize
 
 
@@ -129,7 +130,7 @@ def matmul(
     if residual is not None:
         check(residual, "residual", (m, weight.n), out_dtype)
     out = output(out, (m, weight.n), out_dtype)
-    if library() is None:
+    if kernels() == "torch":
         return out.copy_(reference.matmul(x, weight.data.view(-1, weight.k), bias, residual, out_dtype))
     _launch(x, weight, bias, residual, out)
     return out
@@ -147,7 +148,7 @@ def gated_matmul(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, ou
     if bias is not None:
         check(bias, "bias", (weight.n,), torch.float32)
     out = output(out, (x.shape[0], weight.n // 2), x.dtype)
-    if library() is None:
+    if kernels() == "torch":
         return out.copy_(reference.gated_matmul(x, weight.data.view(-1, weight.k), bias))
     _launch(x, weight, bias, None, out)
     return out

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from octavo.kernels import reference
+from octavo.kernels.backend import kernels
 from octavo.kernels.checks import COMPUTE_DTYPES, check, output
-from octavo.kernels.cpu.library import Args, address, launch, library
+from octavo.kernels.cpu.library import Args, address, launch
 
 BLOCK_SIZES = (16, 32, 64)
 MAX_HEAD_SIZE = 256
@@ -70,7 +71,7 @@ def paged_attention(
         raise ValueError(f"num_heads: is {num_heads}, with {num_kv_heads} KV heads and a width of {qkv.shape[1]}")
     tokens = qkv.shape[0]
     out = output(out, (tokens, num_heads * head_size), qkv.dtype)
-    if library() is None:
+    if kernels() == "torch":
         return out.copy_(
             reference.paged_attention(qkv, kv_cache, block_tables, token_begins, context_lens, num_heads, scale, window)
         )

@@ -3,6 +3,7 @@
 import ctypes
 from collections.abc import Callable
 
+from octavo.kernels.backend import kernels
 from octavo.kernels.cpu.library import library, record
 
 
@@ -20,8 +21,9 @@ class Program:
 
     def __init__(self, function: Callable[[int], object], max_rows: int) -> None:
         self._function = function
-        lib = library()
-        if lib is not None:
+        if kernels() == "native":
+            lib = library()
+            assert lib is not None
             self._recorded = record(lambda: function(max_rows))  # keeps the arguments alive
             self._calls = (_Call * len(self._recorded))(
                 *(
@@ -32,8 +34,9 @@ class Program:
 
     def run(self, num_rows: int) -> None:
         """Compute the first `num_rows` rows, at most `max_rows`."""
-        lib = library()
-        if lib is None:
+        if kernels() != "native":
             self._function(num_rows)
-        else:
-            lib.octavo_run_program(self._calls, ctypes.c_int64(len(self._calls)), ctypes.c_int64(num_rows))
+            return
+        lib = library()
+        assert lib is not None
+        lib.octavo_run_program(self._calls, ctypes.c_int64(len(self._calls)), ctypes.c_int64(num_rows))

@@ -10,6 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from octavo.kernels.backend import kernels
+
 Array = npt.NDArray[Any]
 
 
@@ -45,12 +47,15 @@ def rotary(x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
 
 
 def tiles(kv_cache: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values of a layer's cache as views [num_blocks, num_kv_heads, block_size, head_size].
+    """Keys and values of a layer's cache, [num_blocks, 2, num_kv_heads, block_size, head_size], as views in groups.
 
-    The cache is [num_blocks, 2, num_kv_heads, block_size, head_size]; inside a tile, elements lie in groups of `step`
-    (2 in bfloat16, 1 in float32): K as [head_size / step, block_size, step], V as [block_size / step, head_size, step].
+    K is [num_blocks, num_kv_heads, head_size / step, block_size, step], V is [num_blocks, num_kv_heads,
+    block_size / step, head_size, step]. For Triton's kernels a cache is as plain as its shape, and step is 1; for the
+    others a tile's bytes lie in the order of these views, and step is 2 in bfloat16.
     """
     num_blocks, _, num_kv_heads, block_size, head_size = kv_cache.shape
+    if kernels() == "triton":
+        return kv_cache[:, 0].mT.unsqueeze(4), kv_cache[:, 1].unsqueeze(4)
     step = 2 if kv_cache.dtype == torch.bfloat16 else 1
     k = kv_cache[:, 0].view(num_blocks, num_kv_heads, head_size // step, block_size, step)
     v = kv_cache[:, 1].view(num_blocks, num_kv_heads, block_size // step, head_size, step)

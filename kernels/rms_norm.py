@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from octavo.kernels import reference
+from octavo.kernels.backend import kernels
 from octavo.kernels.checks import COMPUTE_DTYPES, check, output
-from octavo.kernels.cpu.library import Args, address, launch, library
+from octavo.kernels.cpu.library import Args, address, launch
 
 
 class _Args(Args):
@@ -51,7 +52,7 @@ def rms_norm_heads(qkv: Tensor, begin: int, num_heads: int, weight: Tensor, eps:
 def _norm(out: Tensor, x: Tensor, weight: Tensor, outer: int, inner: int, stride: int, size: int, eps: float) -> None:
     if size % 16:
         raise ValueError(f"x: size is {size}, expected a multiple of 16")
-    if library() is None:
+    if kernels() == "torch":
         out.copy_(reference.rms_norm(x.unflatten(1, (inner, size)), weight, eps).flatten(1))
         return
     is_bf16 = x.dtype == torch.bfloat16

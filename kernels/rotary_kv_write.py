@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from octavo.kernels import reference
+from octavo.kernels.backend import kernels
 from octavo.kernels.checks import COMPUTE_DTYPES, check
-from octavo.kernels.cpu.library import Args, address, launch, library
+from octavo.kernels.cpu.library import Args, address, launch
 
 
 class _Args(Args):
@@ -49,7 +50,7 @@ def rotary_kv_write(
     check(slots, "slots", (tokens,), torch.int64)
     if cos_sin.shape[1] > head_size or cos_sin.shape[1] % 2:
         raise ValueError(f"cos_sin: rotary size is {cos_sin.shape[1]}, expected even and at most {head_size}")
-    if library() is None:
+    if kernels() == "torch":
         reference.rotary_kv_write(qkv, cos_sin, positions, slots, kv_cache, num_heads)
         return
     args = _Args(

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from octavo.kernels import reference
+from octavo.kernels.backend import kernels
 from octavo.kernels.checks import check
-from octavo.kernels.cpu.library import Args, address, launch, library
+from octavo.kernels.cpu.library import Args, address, launch
 
 # One row of work, in the layout of kernels/cpu/sample.cpp.
 ROW = np.dtype(
@@ -94,7 +95,7 @@ def sample(
     max_top = int(rows["num_top"].max(initial=0))
     if max_top > vocab:
         raise ValueError(f"rows: num_top is {max_top}, at most the vocabulary of {vocab}")
-    if library() is None:
+    if kernels() == "torch":
         return Sampled(*reference.sample(logits.numpy(), rows, tokens.numpy(), edits, allowed, max_top))
     result = Sampled(
         np.empty(num_rows, np.int32),

@@ -33,7 +33,7 @@ def _may_use_tiles() -> bool:
 def variant() -> str | None:
     """Name of the variant in use: $OCTAVO_CPU_VARIANT, else the best that is built and can run here.
 
-    Raises ValueError where $OCTAVO_CPU_VARIANT names one that is not built or cannot run ("none" asks for plain torch).
+    Raises ValueError where $OCTAVO_CPU_VARIANT names one that is not built or cannot run.
     """
     usable = [
         name
@@ -41,8 +41,6 @@ def variant() -> str | None:
         if needs <= cpu_flags() and library_path(name).exists() and (name != "amx" or _may_use_tiles())
     ]
     wanted = os.environ.get("OCTAVO_CPU_VARIANT")
-    if wanted == "none":
-        return None
     if wanted is not None and wanted not in usable:
         raise ValueError(f"OCTAVO_CPU_VARIANT is {wanted!r}, but usable here: {', '.join(usable) or 'none'}")
     return wanted or (usable[0] if usable else None)
@@ -50,7 +48,7 @@ def variant() -> str | None:
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The loaded library, its functions returning nothing; None means the plain torch reference is used."""
+    """The loaded library, its functions returning nothing; None where nothing is built that can run here."""
     name = variant()
     return ctypes.CDLL(str(library_path(name))) if name else None
 

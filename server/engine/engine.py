@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from octavo.kernels.cpu.library import multiplies_bf16, set_num_threads, variant
+from octavo.kernels import backend
+from octavo.kernels.cpu.library import multiplies_bf16, set_num_threads
 from octavo.models.config import ConfigError, ModelConfig, read_config
 from octavo.models.llama import Llama
 from octavo.models.loader import CheckpointError, load
@@ -67,7 +68,7 @@ class Engine:
     def __init__(self, config: EngineConfig) -> None:
         begin = time.monotonic()
         try:
-            kernels = variant() or "plain torch: slow and not exact (install g++, then make install)"
+            kernels = backend.description()
         except ValueError as error:
             raise StartupError(str(error)) from None
         self.num_threads = len(os.sched_getaffinity(0))

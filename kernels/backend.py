@@ -1,0 +1,63 @@
+"""Which kernels the ops run on, and on which device: one choice for a process, made before it allocates anything.
+
+Weights and KV cache lie in memory as the chosen kernels read them, so the choice does not change while they exist.
+"""
+
+import importlib
+import os
+from typing import Literal, get_args
+
+import torch
+
+from octavo.kernels.cpu.library import library, variant
+
+Kernels = Literal["native", "triton", "torch"]  # C++ on a CPU, Triton on a GPU, plain torch
+
+_kernels: Kernels | None = None
+_device = torch.device("cpu")
+
+
+def kernels() -> Kernels:
+    """What `select` was told, else $OCTAVO_KERNELS, else native where those are built, else torch."""
+    if _kernels is None:
+        select(os.environ.get("OCTAVO_KERNELS") or ("torch" if library() is None else "native"))
+    assert _kernels is not None
+    return _kernels
+
+
+def device() -> torch.device:
+    """Where the ops' tensors lie."""
+    return _device
+
+
+def select(name: str, device: torch.device | str = "cpu") -> None:
+    """Choose the kernels. Triton's on the CPU are compiled as for a GPU, and what the compiler emits is executed.
+
+    Raises ValueError where these kernels are not to be had here.
+    """
+    global _kernels, _device
+    where = torch.device(device)
+    if name not in get_args(Kernels):
+        raise ValueError(f"OCTAVO_KERNELS is {name!r}, expected one of {', '.join(get_args(Kernels))}")
+    if (name == "triton") < (where.type == "cuda"):
+        raise ValueError(f"OCTAVO_KERNELS is {name!r}, but on {where} the kernels are Triton's")
+    if name == "native" and library() is None:
+        raise ValueError("OCTAVO_KERNELS is 'native', but no native kernels are built: make install, with g++")
+    if name == "triton" and where.type == "cpu":
+        try:
+            gpu_without_gpu = importlib.import_module("gpu_without_gpu")
+        except ImportError:
+            raise ValueError(
+                "OCTAVO_KERNELS is 'triton' without a GPU: put the folder tests/ of the repository on PYTHONPATH"
+            ) from None
+        gpu_without_gpu.install()
+    _kernels, _device = name, where  # type: ignore[assignment]
+
+
+def description() -> str:
+    """The kernels in words, for people."""
+    if kernels() == "native":
+        return variant() or ""
+    if kernels() == "torch":
+        return "plain torch: slow and not exact (install g++, then make install)"
+    return "triton" if _device.type == "cuda" else "triton, executed on the CPU"
