@@ -12,6 +12,8 @@
 namespace octavo {
 namespace {
 
+constexpr int64_t LINE = 64;  // bytes of a cache line
+
 struct Args {
     int64_t m;
     const void* x;         // [m, k], row stride x_stride elements
@@ -66,8 +68,9 @@ inline void finish_row(const Args& a, int64_t row, int64_t panel, const float* s
         for (int j = 0; j < NP; j++) finish<O>(a, row, panel + j, load(sums + j * step));
 }
 
+// MR rows by NP panels. `next`: of the lines there, `lines` for each step over k are brought to the cache meanwhile.
 template <typename T, typename O, int MR, int NP>
-void tile(const Args& a, int64_t row, int64_t panel) {
+void tile(const Args& a, int64_t row, int64_t panel, const char* next, int64_t lines) {
     constexpr int KS = STEP<T>;
     const T* x = (const T*)a.x + row * a.x_stride;
     const int64_t panel_size = a.k * LANES;
@@ -76,7 +79,8 @@ void tile(const Args& a, int64_t row, int64_t panel) {
     for (int i = 0; i < MR; i++)
         for (int j = 0; j < NP; j++) acc[i][j] = splat(0.0f);
     for (int64_t k = 0; k < a.k; k += KS) {
-#pragma GCC unroll 8
+        for (int64_t i = 0; i < lines; i++, next += LINE) __builtin_prefetch(next, 0, 2);
+#pragma GCC unroll 16
         for (int i = 0; i < MR; i++)
 #pragma GCC unroll 8
             for (int j = 0; j < NP; j++)
@@ -91,18 +95,31 @@ constexpr int MAX_ROWS = 6, MAX_PANELS = 4;
 #else
 constexpr int MAX_ROWS = 3, MAX_PANELS = 2;
 #endif
+constexpr int64_t MANY_PASSES = 11;  // beyond them memory has so little to do that fetching ahead only costs
 
+template <typename T, typename O, int NP, int MR = MAX_ROWS>
+void some_rows(const Args& a, int64_t row, int rows, int64_t panel, const char* next, int64_t lines) {
+    if constexpr (MR > 0) {
+        if (rows == MR) tile<T, O, MR, NP>(a, row, panel, next, lines);
+        else some_rows<T, O, NP, MR - 1>(a, row, rows, panel, next, lines);
+    }
+}
+
+// All rows, in passes of about equal size over the panels. Where these come from memory in the first pass and from the
+// cache in the others, the others have memory bring the panels to come.
 template <typename T, typename O, int NP>
 void rows_of_panels(const Args& a, int64_t panel) {
+    const int64_t passes = (a.m + MAX_ROWS - 1) / MAX_ROWS;
+    const char* next = (const char*)((const T*)a.weight + (panel + NP) * a.k * LANES);
     int64_t row = 0;
-    for (; row + MAX_ROWS <= a.m; row += MAX_ROWS) tile<T, O, MAX_ROWS, NP>(a, row, panel);
-    switch (a.m - row) {
-        case 5: if constexpr (MAX_ROWS > 5) tile<T, O, 5, NP>(a, row, panel); break;
-        case 4: if constexpr (MAX_ROWS > 4) tile<T, O, 4, NP>(a, row, panel); break;
-        case 3: if constexpr (MAX_ROWS > 3) tile<T, O, 3, NP>(a, row, panel); break;
-        case 2: tile<T, O, 2, NP>(a, row, panel); break;
-        case 1: tile<T, O, 1, NP>(a, row, panel); break;
-        default: break;
+    for (int64_t pass = 0; pass < passes; pass++) {
+        int64_t lines = 0;
+        if (passes > 1 && passes <= NP) lines = (NP + passes - 1) / passes;
+        else if (passes > NP && passes <= MANY_PASSES && pass > 0 && pass <= NP) lines = 1;
+        const int rows = (int)((a.m - row) / (passes - pass));
+        some_rows<T, O, NP>(a, row, rows, panel, next, lines);
+        next += lines * (a.k / STEP<T>) * LINE;
+        row += rows;
     }
 }
 
@@ -119,7 +136,7 @@ void panels(const Args& a, int64_t begin, int64_t end) {
 #if defined(__AMX_BF16__)
 // By tiles: sums in tile registers 0 to 3, x in 4 and 5, weights in 6 and 7. A panel of a packed weight is a column of
 // right-hand tiles as it lies.
-constexpr int64_t TILE_ROWS = 16, TILE_K = 32, LINE = 64;
+constexpr int64_t TILE_ROWS = 16, TILE_K = 32;
 // Up to so many rows the time goes into streaming the weights: x is held, four panels go by at once.
 constexpr int64_t FEW_ROWS = 64;
 constexpr int64_t BLOCK_ROWS = 128, GROUP_PANELS = 12;

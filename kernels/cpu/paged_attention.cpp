@@ -55,12 +55,15 @@ struct Partial {
 template <typename T>
 struct Attention : Args {
     static constexpr int S = STEP<T>;
+    // What works on a tile is inlined into `attend`, so that what the parts share stays in registers: 9 % of a prefill.
 
     // A tile's keys and values, a pointer for each group of 16 keys, and what the tile's steps hand on.
     struct Tile {
         int num_keys;
         const T* k[GROUPS];  // [head_size / S][block_size][S], from the group's first key on
         const T* v[GROUPS];  // [16 / S][head_size][S]
+        const T* next_k[GROUPS];  // those of the tile after it, to be brought to the cache meanwhile
+        const T* next_v[GROUPS];
         f32x16 sum_lanes[MAX_ROWS];
         alignas(64) float scores[MAX_ROWS][TILE];
         alignas(64) T weights[MAX_ROWS][TILE];
@@ -81,29 +84,21 @@ struct Attention : Args {
         return (const T*)cache + ((block * 2 + 1) * kv_heads + kv_head) * block_size * head_size;
     }
 
-    // Brings the tile that begins at position `begin` to the cache.
-    void fetch(const Rows& rows, int64_t begin) const {
+    // The groups of the tile that begins at position `begin`; those past the last key are the tile's first.
+    void locate(const T** k, const T** v, const Rows& rows, int64_t begin) const {
         const int32_t* table = block_tables + rows.sequence * table_stride;
-        const int64_t end = std::min(begin + TILE, rows.last_key + 1), bytes = block_size * head_size * sizeof(T);
-        for (int64_t at = begin; at < end; at += block_size) {
-            const char* k = (const char*)k_tile(table[at >> block_shift], rows.kv_head);
-            const char* v = (const char*)v_tile(table[at >> block_shift], rows.kv_head);
-            for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(k + i, 0, 2);
-            for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(v + i, 0, 2);
+        for (int g = 0; g < GROUPS; g++) {
+            const int64_t at = begin + g * LANES <= rows.last_key ? begin + g * LANES : begin;
+            const int64_t block = table[at >> block_shift], offset = at & (block_size - 1);
+            k[g] = k_tile(block, rows.kv_head) + offset * S;
+            v[g] = v_tile(block, rows.kv_head) + offset * head_size;
         }
     }
 
     // Where the tile that begins at position `begin` lies.
     void find(Tile& t, const Rows& rows, int64_t begin) const {
-        const int32_t* table = block_tables + rows.sequence * table_stride;
         t.num_keys = (int)std::min<int64_t>(TILE, rows.last_key + 1 - begin);
-        for (int g = 0; g < GROUPS; g++) {
-            // A group past the last key reads the tile's first instead: its scores are masked, its weights are 0.
-            const int64_t at = g * LANES < t.num_keys ? begin + g * LANES : begin;
-            const int64_t block = table[at >> block_shift], offset = at & (block_size - 1);
-            t.k[g] = k_tile(block, rows.kv_head) + offset * S;
-            t.v[g] = v_tile(block, rows.kv_head) + offset * head_size;
-        }
+        locate(t.k, t.v, rows, begin);  // groups past the last key: their scores are masked, their weights are 0
         // Slots past the last key may hold anything, NaN included, which a weight of 0 would not stop.
         const int rest = t.num_keys % v_keys;
         if (rest) {
@@ -118,47 +113,63 @@ struct Attention : Args {
         }
     }
 
-    // Scores of rows [row, row + R).
-    template <int R>
-    void score(Tile& t, int row) const {
+    // Scores of rows [row, row + R). The first rows of a tile also fetch the next tile, a line for each line they read:
+    // memory then works while the products are computed, which a burst of as many fetches would only hold up.
+    template <int R, bool FETCH>
+    [[gnu::always_inline]] void score(Tile& t, int row) const {
         f32x16 acc[R][GROUPS];
         for (int r = 0; r < R; r++)
             for (int g = 0; g < GROUPS; g++) acc[r][g] = splat(0.0f);
         const T* query = t.q + row * head_size;
         for (int64_t d = 0; d < head_size; d += S)
 #pragma GCC unroll 4
-            for (int g = 0; g < GROUPS; g++)
+            for (int g = 0; g < GROUPS; g++) {
+                if constexpr (FETCH) __builtin_prefetch(t.next_k[g] + d * block_size, 0, 3);
 #pragma GCC unroll 4
                 for (int r = 0; r < R; r++) acc[r][g] = step(acc[r][g], query + r * head_size + d, t.k[g] + d * block_size);
+            }
         for (int r = 0; r < R; r++)
             for (int g = 0; g < GROUPS; g++) store(t.scores[row + r] + g * LANES, acc[r][g]);
     }
 
     // sums += weights times values for rows [row, row + R), NV vectors of the head from d on.
-    template <int R, int NV>
-    void weigh_vectors(const Tile& t, float* sums, int row, int64_t d) const {
+    template <int R, int NV, bool FETCH>
+    [[gnu::always_inline]] void weigh_vectors(const Tile& t, float* sums, int row, int64_t d) const {
         f32x16 acc[R][NV];
         for (int r = 0; r < R; r++)
             for (int i = 0; i < NV; i++) acc[r][i] = load(sums + (row + r) * head_size + d + i * LANES);
         for (int key = 0; key < t.num_keys; key += S) {
-            const T* v = t.v[key / LANES] + key % LANES * head_size + d * S;
+            const int64_t at = key % LANES * head_size + d * S;
+            const T* v = t.v[key / LANES] + at;
+            const T* next = t.next_v[key / LANES] + at;
 #pragma GCC unroll 4
-            for (int i = 0; i < NV; i++)
+            for (int i = 0; i < NV; i++) {
+                if constexpr (FETCH) __builtin_prefetch(next + i * LANES * S, 0, 3);
 #pragma GCC unroll 4
                 for (int r = 0; r < R; r++) acc[r][i] = step(acc[r][i], t.weights[row + r] + key, v + i * LANES * S);
+            }
         }
         for (int r = 0; r < R; r++)
             for (int i = 0; i < NV; i++) store(sums + (row + r) * head_size + d + i * LANES, acc[r][i]);
     }
 
-    template <int R>
-    void weigh(const Tile& t, float* sums, int row) const {
+    template <int R, bool FETCH>
+    [[gnu::always_inline]] void weigh(const Tile& t, float* sums, int row) const {
         int64_t d = 0;
-        for (; d + 4 * LANES <= head_size; d += 4 * LANES) weigh_vectors<R, 4>(t, sums, row, d);
-        for (; d < head_size; d += LANES) weigh_vectors<R, 1>(t, sums, row, d);
+        for (; d + 4 * LANES <= head_size; d += 4 * LANES) weigh_vectors<R, 4, FETCH>(t, sums, row, d);
+        for (; d < head_size; d += LANES) weigh_vectors<R, 1, FETCH>(t, sums, row, d);
     }
 
 #if defined(__AMX_BF16__)
+    // Brings the next tile to the cache.
+    void fetch(const Tile& t) const {
+        for (int g = 0; g < GROUPS; g++)
+            for (int64_t i = 0; i < LANES * head_size; i += LANES * S) {
+                __builtin_prefetch(t.next_k[g] + i / LANES * block_size, 0, 2);
+                __builtin_prefetch(t.next_v[g] + i, 0, 2);
+            }
+    }
+
     // By tiles where the head is whole ones: sums in 0 to 3, queries in 4, keys in 5, weights in 6, values in 7. Up to 16
     // rows fill four tiles of sums along the keys or the head; more are two tiles deep and two wide, and what the second
     // one holds past the last row is never looked at.
@@ -277,32 +288,47 @@ struct Attention : Args {
     }
 #endif
 
-    void score_rows(Tile& t, int rows) const {
+    template <bool FETCH>
+    [[gnu::always_inline]] void score_rows(Tile& t, int row, int rows) const {
+        switch (rows) {
+            case 1: return score<1, FETCH>(t, row);
+            case 2: return score<2, FETCH>(t, row);
+            case 3: return score<3, FETCH>(t, row);
+            default: return score<VECTOR_ROWS, FETCH>(t, row);
+        }
+    }
+
+    template <bool FETCH>
+    [[gnu::always_inline]] void weigh_rows(const Tile& t, float* sums, int row, int rows) const {
+        switch (rows) {
+            case 1: return weigh<1, FETCH>(t, sums, row);
+            case 2: return weigh<2, FETCH>(t, sums, row);
+            case 3: return weigh<3, FETCH>(t, sums, row);
+            default: return weigh<VECTOR_ROWS, FETCH>(t, sums, row);
+        }
+    }
+
+    // Where rows are few, memory is what takes the time.
+    static bool few(int rows) { return rows <= 16; }
+
+    [[gnu::always_inline]] void score_all(Tile& t, int rows) const {
 #if defined(__AMX_BF16__)
         if (by_tiles()) return score_by_tiles(t, rows);
 #endif
-        for (int row = 0; row < rows; row += VECTOR_ROWS) switch (rows - row) {
-            case 1: score<1>(t, row); break;
-            case 2: score<2>(t, row); break;
-            case 3: score<3>(t, row); break;
-            default: score<4>(t, row); break;
-        }
+        few(rows) ? score_rows<true>(t, 0, rows) : score_rows<false>(t, 0, rows);
+        for (int row = VECTOR_ROWS; row < rows; row += VECTOR_ROWS) score_rows<false>(t, row, rows - row);
     }
 
-    void weigh_rows(const Tile& t, float* sums, int rows) const {
+    [[gnu::always_inline]] void weigh_all(const Tile& t, float* sums, int rows) const {
 #if defined(__AMX_BF16__)
         if (by_tiles()) return weigh_by_tiles(t, sums, rows);
 #endif
-        for (int row = 0; row < rows; row += VECTOR_ROWS) switch (rows - row) {
-            case 1: weigh<1>(t, sums, row); break;
-            case 2: weigh<2>(t, sums, row); break;
-            case 3: weigh<3>(t, sums, row); break;
-            default: weigh<4>(t, sums, row); break;
-        }
+        few(rows) ? weigh_rows<true>(t, sums, 0, rows) : weigh_rows<false>(t, sums, 0, rows);
+        for (int row = VECTOR_ROWS; row < rows; row += VECTOR_ROWS) weigh_rows<false>(t, sums, row, rows - row);
     }
 
     // Scores of one row to weights relative to its greatest score so far; what it has summed up follows.
-    void soften(Tile& t, Partial& p, int r, int64_t position, int64_t begin) const {
+    [[gnu::always_inline]] void soften(Tile& t, Partial& p, int r, int64_t position, int64_t begin) const {
         const int32_t keep_end = (int32_t)std::clamp<int64_t>(position + 1 - begin, 0, t.num_keys);
         const int32_t keep_begin = window ? (int32_t)std::clamp<int64_t>(position - window + 1 - begin, 0, TILE) : 0;
         f32x16 s[GROUPS];
@@ -334,20 +360,23 @@ struct Attention : Args {
         }
     }
 
-    // Attention over keys [begin, end), which lie in one piece; t.q is filled.
-    void attend(Tile& t, Partial& p, const Rows& rows, int64_t begin, int64_t end) const {
+    // Attention over keys [begin, end), which lie in one piece; t.q is filled. `next`: the rows that come after these.
+    void attend(Tile& t, Partial& p, const Rows& rows, const Rows& next, int64_t begin, int64_t end) const {
         std::fill(p.sums, p.sums + rows.count * head_size, 0.0f);
         for (int r = 0; r < rows.count; r++) {
             t.sum_lanes[r] = splat(0.0f);
             p.row_max[r] = NEG_INF;
         }
         for (; begin < end; begin += TILE) {
-            // Few rows: memory is what takes the time.
-            if (rows.count <= 16 && begin + TILE <= rows.last_key) fetch(rows, begin + TILE);
             find(t, rows, begin);
-            score_rows(t, rows.count);
+            if (begin + TILE <= rows.last_key) locate(t.next_k, t.next_v, rows, begin + TILE);
+            else locate(t.next_k, t.next_v, next, next.first_key / TILE * TILE);
+#if defined(__AMX_BF16__)
+            if (by_tiles() && few(rows.count)) fetch(t);
+#endif
+            score_all(t, rows.count);
             for (int r = 0; r < rows.count; r++) soften(t, p, r, rows.position[r], begin);
-            weigh_rows(t, p.sums, rows.count);
+            weigh_all(t, p.sums, rows.count);
         }
         for (int r = 0; r < rows.count; r++) p.row_sum[r] = sum_lanes(t.sum_lanes[r]);
     }
@@ -376,7 +405,7 @@ struct Attention : Args {
     int64_t num_pieces(const Rows& rows) const { return rows.last_key / PIECE - rows.first_key / PIECE + 1; }
 
     // Pieces [begin, end) of those that the rows see.
-    void attend_pieces(Partial& total, const Rows& rows, int64_t begin, int64_t end) const {
+    void attend_pieces(Partial& total, const Rows& rows, const Rows& next, int64_t begin, int64_t end) const {
         Tile t;
         for (int r = 0; r < rows.count; r++)
             std::memcpy(t.q + r * head_size, (const T*)q + rows.q_offset[r], head_size * sizeof(T));
@@ -388,10 +417,10 @@ struct Attention : Args {
             const int64_t from = std::max(first, rows.first_key / TILE * TILE);
             const int64_t to = std::min(first + PIECE, rows.last_key + 1);
             if (piece == begin) {
-                attend(t, total, rows, from, to);
+                attend(t, total, rows, next, from, to);
             } else {
                 Partial p;
-                attend(t, p, rows, from, to);
+                attend(t, p, rows, next, from, to);
                 merge(total, p, rows.count);
             }
         }
@@ -436,11 +465,18 @@ struct Attention : Args {
             return rows_of(s, in_sequence % kv_heads, in_sequence / kv_heads * MAX_ROWS);
         };
         if (num_items < 4 * num_threads()) return run_by_pieces(num_items, item);
-        parallel_for(num_items, [&](int64_t index) {
-            const Rows rows = item(num_items - 1 - index);  // the longest rows of a prefill first
-            Partial p;
-            attend_pieces(p, rows, 0, num_pieces(rows));
-            finish(p, rows);
+        // A thread takes all KV heads of a sequence, since they lie side by side in each block.
+        const int64_t num_takes = num_items / kv_heads;
+        parallel_for(num_takes, [&](int64_t index) {
+            const int64_t take = num_takes - 1 - index;  // the longest rows of a prefill first
+            const int64_t likely_next = std::max<int64_t>(0, take - num_threads());
+            for (int64_t h = 0; h < kv_heads; h++) {
+                const Rows rows = item(take * kv_heads + h);
+                const Rows next = item(h + 1 < kv_heads ? take * kv_heads + h + 1 : likely_next * kv_heads);
+                Partial p;
+                attend_pieces(p, rows, next, 0, num_pieces(rows));
+                finish(p, rows);
+            }
         });
     }
 
@@ -456,7 +492,7 @@ struct Attention : Args {
         const std::unique_ptr<Partial[]> partials(new Partial[begins[num_items]]);
         parallel_for(begins[num_items], [&](int64_t index) {
             const int64_t i = std::upper_bound(begins.begin(), begins.end(), index) - begins.begin() - 1;
-            attend_pieces(partials[index], rows[i], index - begins[i], index - begins[i] + 1);
+            attend_pieces(partials[index], rows[i], rows[i], index - begins[i], index - begins[i] + 1);
         });
         for (int64_t i = 0; i < num_items; i++) {
             Partial& total = partials[begins[i]];
