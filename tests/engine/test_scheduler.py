@@ -264,7 +264,7 @@ def test_the_prefill_limit_spares_decodes() -> None:
 
 
 def test_those_who_wait_for_blocks_are_no_prefills() -> None:
-    scheduler = make(num_blocks=8, block_size=4, max_model_len=32, max_num_seqs=4, max_num_batched_tokens=64)
+    scheduler = make(num_blocks=10, block_size=4, max_model_len=32, max_num_seqs=4, max_num_batched_tokens=64)
     scheduler.add(request("a", 20))
     step(scheduler)
     scheduler.add(request("b", 12))
