@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from octavo.kernels import reference
-from octavo.kernels.backend import kernels
+from octavo.kernels.backend import device, kernels
 from octavo.kernels.checks import COMPUTE_DTYPES, check, output
 from octavo.kernels.cpu.library import Args, address, launch
 
@@ -46,7 +46,8 @@ class PackedWeight:
         return self.data.dtype
 
     def write_rows(self, begin: int, weight: Tensor) -> None:
-        """Place `weight` [rows, k] at rows [begin, begin + rows) of one part, converting to this dtype."""
+        """Place `weight` [rows, k], of any device, at rows [begin, begin + rows) of one part, in this dtype."""
+        weight = weight.to(self.data.device)
         check(weight, "weight", (None, self.k), (*COMPUTE_DTYPES, torch.float16), contiguous=False)
         rows, part_size = weight.shape[0], self.n // self.num_parts
         part, row_begin = divmod(begin, part_size)
@@ -86,7 +87,8 @@ def empty_packed(n: int, k: int, dtype: torch.dtype, num_parts: int = 1) -> Pack
         raise ValueError(f"k: is {k}, expected an even number in bfloat16")
     if num_parts > 1 and n % (num_parts * PANEL):
         raise ValueError(f"n: is {n}, expected a multiple of {num_parts} parts of {PANEL}")
-    return PackedWeight(torch.zeros(packed_bytes(n, k, dtype) // dtype.itemsize, dtype=dtype), n, k, num_parts)
+    data = torch.zeros(packed_bytes(n, k, dtype) // dtype.itemsize, dtype=dtype, device=device())
+    return PackedWeight(data, n, k, num_parts)
 
 
 class _Args(Args):

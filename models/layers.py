@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from octavo.kernels.backend import device
 from octavo.kernels.embedding import embedding
 from octavo.kernels.matmul import PackedWeight, empty_packed, gated_matmul, matmul
 from octavo.kernels.paged_attention import paged_attention
@@ -40,7 +41,7 @@ class Linear:
         self.parts = parts
         n = sum(parts.values())
         self.weight = empty_packed(n, k, dtype, num_parts=2 if gated else 1)
-        self.bias = torch.zeros(n, dtype=torch.float32) if bias else None
+        self.bias = torch.zeros(n, dtype=torch.float32, device=device()) if bias else None
 
     def __call__(self, x: Tensor, out: Tensor, residual: Tensor | None = None) -> Tensor:
         """x: [rows, k]; out: [rows, n] (or n / 2), which also may be the residual that is added. Returns out."""
@@ -70,7 +71,7 @@ class Norm:
 
     def __init__(self, name: str, size: int, eps: float) -> None:
         self.name, self.eps = name, eps
-        self.weight = torch.zeros(size, dtype=torch.float32)
+        self.weight = torch.zeros(size, dtype=torch.float32, device=device())
 
     def __call__(self, x: Tensor, out: Tensor) -> Tensor:
         """x and out: [rows, size]. Returns out."""
@@ -164,9 +165,9 @@ class Mlp:
 def rotary_table(rope: RopeConfig, head_size: int, max_len: int) -> Tensor:
     """cosines, then sines, of each position's angles: [max_len, head_size] float32.
 
-    Angles are float32 products, as the reference implementations compute them. The llama3 kind stretches wavelengths
-    beyond original_max_position / low_freq_factor by `factor`, keeps those under original / high_freq_factor, and
-    blends in between.
+    Angles are float32 products, as the reference implementations compute them, and computed on the CPU whatever the
+    device. The llama3 kind stretches wavelengths beyond original_max_position / low_freq_factor by `factor`, keeps
+    those under original / high_freq_factor, and blends in between.
     """
     inverse = 1.0 / rope.theta ** (torch.arange(0, head_size, 2, dtype=torch.int64).float() / head_size)
     if rope.kind == "linear":
@@ -182,4 +183,4 @@ def rotary_table(rope: RopeConfig, head_size: int, max_len: int) -> Tensor:
     torch.mul(torch.arange(max_len, dtype=torch.float32)[:, None], inverse[None, :], out=cos)
     torch.sin(cos, out=sin)
     cos.cos_()
-    return table
+    return table.to(device())

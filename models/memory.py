@@ -1,5 +1,7 @@
 """Bytes before they are taken: the figures that planning prints and that allocation then uses."""
 
+from dataclasses import dataclass
+
 import torch
 
 from octavo.kernels.matmul import packed_bytes
@@ -55,3 +57,44 @@ def workspace_bytes(config: ModelConfig, num_tokens: int, dtype: torch.dtype) ->
 def state_bytes(config: ModelConfig, num_slots: int, max_len: int, block_size: int) -> int:
     """Bytes of the rotary table, and of the tokens and block tables of all slots, the latter once more for a step."""
     return 4 * max_len * config.head_size + 4 * num_slots * (max_len + 2 * -(-max_len // block_size))
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """What one rank's memory is for, in bytes."""
+
+    weight_bytes: int
+    workspace_bytes: int  # a step's activations and logits, and the state of all slots
+    reserve_bytes: int  # for what is not ours to count: a runtime, its libraries, what they allocate
+    block_bytes: int  # of one KV block
+    num_blocks: int
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the KV cache."""
+        return self.num_blocks * self.block_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of everything."""
+        return self.weight_bytes + self.workspace_bytes + self.reserve_bytes + self.kv_bytes
+
+
+def plan_memory(
+    *,
+    weight_bytes: int,
+    workspace_bytes: int,
+    reserve_bytes: int,
+    block_bytes: int,
+    min_blocks: int,
+    kv_bytes: int | None,
+    limit_bytes: int,
+) -> MemoryPlan:
+    """As many KV blocks as `kv_bytes` hold (None: what is left of the limit), but at least `min_blocks`.
+
+    The plan exceeds the limit where that cannot be held.
+    """
+    if kv_bytes is None:
+        kv_bytes = max(limit_bytes - weight_bytes - workspace_bytes - reserve_bytes, 0)
+    num_blocks = max(kv_bytes // block_bytes, min_blocks)
+    return MemoryPlan(weight_bytes, workspace_bytes, reserve_bytes, block_bytes, num_blocks)
