@@ -28,14 +28,16 @@ class StepInputs:
     """A step's inputs, written on the host and copied to the device at once; on a CPU there is one memory for both.
 
     Attributes:
-        host: the arrays to write to: those of a `ForwardBatch`, and `sampled`, [sequences] int64, which tokens' hidden
-            states are followed by a token that is to be sampled.
+        host: the arrays to write to: those of a `ForwardBatch`; `sampled`, [sequences] int64, which tokens' hidden
+            states are followed by a token that is to be sampled; and, where device and host are two, `places`,
+            [tokens] int64, where each token belongs among the tokens of all slots.
     """
 
     def __init__(self, max_tokens: int, max_sequences: int, max_blocks: int) -> None:
         int32, int64 = torch.int32, torch.int64
         layout = {
             "slots": (int64, (max_tokens,)),
+            "places": (int64, (max_tokens,)),
             "sampled": (int64, (max_sequences,)),
             "token_ids": (int32, (max_tokens,)),
             "positions": (int32, (max_tokens,)),
@@ -46,7 +48,7 @@ class StepInputs:
         # Parts begin at multiples of 16 bytes, as separate tensors would.
         sizes = [-(-math.prod(shape) * dtype.itemsize // 16) * 16 for dtype, shape in layout.values()]
         self._tables_begin, self._table_bytes = sum(sizes[:-1]), 4 * max_blocks
-        self._host_bytes, self._device_bytes = _allocate(sum(sizes))
+        self._host_bytes, self._device_bytes = host_and_device(sum(sizes))
 
         def parts(memory: Tensor) -> dict[str, Tensor]:
             return {
@@ -72,9 +74,9 @@ class StepInputs:
             used = slice(self._tables_begin + num_sequences * self._table_bytes)
             self._device_bytes[used].copy_(self._host_bytes[used], non_blocking=True)
 
-    def sampled(self, count: int) -> Tensor:
-        """The first `count` of `sampled`, on the device."""
-        return self._device["sampled"][:count]
+    def part(self, name: str, count: int) -> Tensor:
+        """The first `count` of one part, on the device."""
+        return self._device[name][:count]
 
     def batch(self, num_tokens: int, num_sequences: int, max_query_len: int, max_context_len: int) -> ForwardBatch:
         """The first tokens and sequences, on the device."""
@@ -91,8 +93,8 @@ class StepInputs:
         )
 
 
-def _allocate(num_bytes: int) -> tuple[Tensor, Tensor]:
-    """Zeros on the host, from where copies need not wait, and on the device. On a CPU they are one."""
+def host_and_device(num_bytes: int) -> tuple[Tensor, Tensor]:
+    """Bytes of zeros on the host, from where copies need not wait, and on the device. On a CPU they are one."""
     if device().type == "cpu":
         host = torch.zeros(num_bytes, dtype=torch.uint8)
         return host, host

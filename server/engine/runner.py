@@ -12,7 +12,7 @@ import torch
 from octavo.kernels.backend import device
 from octavo.kernels.program import Graphs, Program, graph_sizes
 from octavo.kernels.sample import EDIT, ROW, Sampled, sample
-from octavo.models.batch import Activations, StepInputs
+from octavo.models.batch import Activations, StepInputs, host_and_device
 from octavo.models.config import ModelConfig
 from octavo.models.llama import Llama
 from octavo.models.memory import LOGITS_ROWS, kv_block_shape
@@ -51,10 +51,14 @@ class Runner:
         self._decode_sizes = graph_sizes(min(max_num_seqs, max_num_batched_tokens))
         self._use_graphs = use_graphs
         self._graphs: Graphs | None = None
-        self._tokens = torch.zeros((max_num_seqs, max_model_len), dtype=torch.int32)
-        self._tables = torch.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=torch.int32)
+        host_tokens, device_tokens = (
+            memory.view(torch.int32).view(max_num_seqs, max_model_len)
+            for memory in host_and_device(4 * max_num_seqs * max_model_len)
+        )
+        self._token_rows, self._tokens = host_tokens.numpy(), device_tokens  # the latter is for sampling alone
+        self._has_two_memories = device_tokens.data_ptr() != host_tokens.data_ptr()
+        self._table_rows = np.zeros((max_num_seqs, -(-max_model_len // block_size)), np.int32)
         self._table_lens = [0] * max_num_seqs
-        self._token_rows, self._table_rows = self._tokens.numpy(), self._tables.numpy()
         self._rows = np.zeros(max_num_seqs, ROW)  # sampling parameters
         self._params: list[SamplingParams | None] = [None] * max_num_seqs
         # Slots with options that need a look at each step: logit_bias, allowed_token_ids, bad_words, min_tokens.
@@ -78,7 +82,7 @@ class Runner:
         for index in self._prompt_logprob_indices(plan):
             self._prompt_logprobs(result, plan, index, hidden[ends[index] - nums[index] : ends[index]])
         if len(sampled):
-            self._sample(result, sampled, slots, starts + nums, hidden[self._inputs.sampled(len(sampled))])
+            self._sample(result, sampled, slots, starts + nums, hidden[self._inputs.part("sampled", len(sampled))])
         elif device().type == "cuda":
             torch.cuda.synchronize()  # nothing else has waited: the inputs are free again, the step's duration is known
         return result
@@ -89,18 +93,25 @@ class Runner:
 
     def _run(self, num_tokens: int, num_sequences: int, max_query_len: int, max_context_len: int) -> None:
         """The forward pass of what `_fill_batch` wrote. On a GPU it is launched, not done."""
+        size = 0
         if self._graphs is not None and num_tokens == num_sequences:
             size = self._graphs.size_for(num_sequences)
             self._inputs.pad_decodes(num_sequences, size)
-            self._inputs.copy_to_device(size)
+        self._inputs.copy_to_device(max(num_sequences, size))
+        if self._has_two_memories:
+            places, token_ids = (self._inputs.part(name, num_tokens) for name in ("places", "token_ids"))
+            self._tokens.view(-1).index_copy_(0, places, token_ids)
+        if self._graphs is not None and size:
             self._graphs.replay(size)
         else:
-            self._inputs.copy_to_device(num_sequences)
             self._forward.run(num_tokens, num_sequences, max_query_len, max_context_len)
 
     def _place(self, choice: NewChoice) -> None:
         slot, params = choice.slot, choice.params
         self._token_rows[slot, : len(choice.token_ids)] = choice.token_ids
+        if self._has_two_memories:  # prefix hits are never computed, so not all of these come with a step's inputs
+            row = self._token_rows[slot, : len(choice.token_ids)]
+            self._tokens[slot, : len(row)] = torch.from_numpy(row)
         self._table_lens[slot] = 0
         self._params[slot] = params
         row = self._rows[slot]
@@ -136,6 +147,8 @@ class Runner:
         batch["context_lens"][:num_sequences] = context_lens
         batch["block_tables"][:num_sequences, :width] = self._table_rows[slots, :width]
         batch["sampled"][: len(sampled)] = ends[sampled] - 1
+        if self._has_two_memories:
+            batch["places"][:num_tokens] = of_token.astype(np.int64) * self._token_rows.shape[1] + positions
         return num_tokens, num_sequences, int(nums.max()), max_context_len
 
     def _sample_rows(self, hidden: torch.Tensor, rows: np.ndarray, edits: np.ndarray, allowed: np.ndarray) -> Sampled:
