@@ -134,6 +134,8 @@ class Attention:
             config.head_size**-0.5,
             self.window,
             a.attended,
+            max_query_len=batch.max_query_len,
+            max_context_len=batch.max_context_len,
         )
         self.output(a.attended, a.hidden, residual=a.hidden)
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from octavo.kernels.backend import kernels
 from octavo.kernels.matmul import packed_bytes
 from octavo.models.batch import activation_widths
 from octavo.models.config import ModelConfig
@@ -49,9 +50,15 @@ def kv_block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> 
     return config.num_layers * 2 * config.num_kv_heads * block_size * config.head_size * dtype.itemsize
 
 
-def workspace_bytes(config: ModelConfig, num_tokens: int, dtype: torch.dtype) -> int:
-    """Bytes of the activations of a step of `num_tokens` tokens, and of its logits."""
-    return num_tokens * sum(activation_widths(config)) * dtype.itemsize + 4 * LOGITS_ROWS * config.vocab_size
+def workspace_bytes(config: ModelConfig, num_tokens: int, max_len: int, dtype: torch.dtype) -> int:
+    """Bytes of the activations of a step of `num_tokens` tokens, of its logits, and of what kernels allocate."""
+    num_bytes = num_tokens * sum(activation_widths(config)) * dtype.itemsize + 4 * LOGITS_ROWS * config.vocab_size
+    if kernels() == "triton":
+        from octavo.kernels.gpu.paged_attention import partial_bytes  # here, since importing Triton takes its time
+
+        # Twice, since graphs have a memory of their own.
+        num_bytes += 2 * partial_bytes(dtype, num_tokens, config.num_heads, config.head_size, max_len)
+    return num_bytes
 
 
 def state_bytes(config: ModelConfig, num_slots: int, max_len: int, block_size: int) -> int:

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.kernels.backend import device
 from octavo.kernels.gpu.device import num_processors
 
 PIECE = 1024  # keys that one program sums up by itself; a multiple of every tile
@@ -365,3 +366,13 @@ def launch(
             num_warps=1,
             **sizes,
         )
+
+
+def partial_bytes(dtype: torch.dtype, num_tokens: int, num_heads: int, head_size: int, max_context_len: int) -> int:
+    """Most bytes of partial results that `launch` allocates for up to so many tokens."""
+    if max_context_len <= PIECE:
+        return 0
+    # Pieces are shared where tiles leave every second of the programs that the chip has work for unused.
+    num_rows = 2 * num_processors(device()) * config_of(dtype, dtype, head_size, 1 << 30).block_m
+    max_pieces = -(-max_context_len // PIECE)
+    return min(num_tokens * num_heads, num_rows) * max_pieces * (head_size + 2) * 4

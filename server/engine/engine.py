@@ -91,7 +91,7 @@ def plan_engine_memory(model: ModelConfig, config: EngineConfig, max_model_len: 
     state = state_bytes(model, config.max_num_seqs, max_model_len, config.block_size)
     plan = plan_memory(
         weight_bytes=weight_bytes(model, dtype),
-        workspace_bytes=workspace_bytes(model, config.max_num_batched_tokens, dtype) + state,
+        workspace_bytes=workspace_bytes(model, config.max_num_batched_tokens, max_model_len, dtype) + state,
         reserve_bytes=GPU_RUNTIME_BYTES if on_gpu else RUNTIME_BYTES,
         block_bytes=kv_block_bytes(model, config.block_size, dtype),
         min_blocks=-(-max_model_len // config.block_size),

@@ -29,6 +29,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(backend, "_device", torch.device("cuda"))
     monkeypatch.setattr(backend, "_kernels", "triton")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: tuple(memory))
+    monkeypatch.setattr("octavo.kernels.gpu.paged_attention.num_processors", lambda _: 132)
     return memory
 
 
@@ -102,7 +103,7 @@ def test_kv_cache_fills_the_share_of_a_gpu(model: ModelConfig, gpu: list[int]) -
     config = EngineConfig(gpu_memory_utilization=0.5)
     plan = plan_engine_memory(model, config, 512, BF16)
     assert plan.weight_bytes == weight_bytes(model, BF16)
-    assert plan.workspace_bytes == workspace_bytes(model, 512, BF16) + state_bytes(model, 64, 512, 16)
+    assert plan.workspace_bytes == workspace_bytes(model, 512, 512, BF16) + state_bytes(model, 64, 512, 16)
     assert 0 <= 40 * 10**9 - plan.total_bytes < plan.block_bytes == kv_block_bytes(model, 16, BF16)
     asked = plan_engine_memory(model, EngineConfig(gpu_memory_utilization=0.5, kv_cache_memory_bytes=10**9), 512, BF16)
     assert 0 <= 10**9 - asked.kv_bytes < asked.block_bytes

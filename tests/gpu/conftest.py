@@ -11,7 +11,7 @@ import torch
 from octavo.kernels import backend
 
 
-@pytest.fixture(autouse=True, scope="package")
+@pytest.fixture(autouse=True, scope="module")
 def triton_kernels() -> Iterator[None]:
     """Ops run on Triton's kernels meanwhile."""
     before = backend.kernels()
