@@ -124,6 +124,8 @@ FORMATS = {
     "f64": Format(64, lambda raw: raw.view(np.float64), lambda x: x.astype(np.float64, copy=False).view(np.uint64)),
     "f16x2": _packed(32, np.uint16, _f16, _to_f16),
     "bf16x2": _packed(32, np.uint16, bf16_to_f32, f32_to_bf16),
+    "u16x2": _packed(32, np.uint16, _same, _same),
+    "s16x2": _packed(32, np.int16, _same, _same),
     "e4m3x2": _packed(16, np.uint8, E4M3.decode, E4M3.encode),
     "e5m2x2": _packed(16, np.uint8, E5M2.decode, E5M2.encode),
 }

@@ -75,7 +75,7 @@ def source(instruction: Instruction, operand: Operand, kind: str) -> Read:
 
 
 def destination(instruction: Instruction, operand: Operand, kind: str) -> Write:
-    """Writes numbers of the PTX type `kind`, rounding them to it. A wider register is filled up by the sign or zeros."""
+    """Writes numbers of the PTX type `kind`, rounding them to it. Sign or zeros fill a wider register."""
     form = FORMATS[kind]
     if operand == Special("_"):
         return lambda batch, values, mask: None

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from gpu_without_gpu.errors import Unsupported
 
 TYPES = frozenset(
-    "pred b8 b16 b32 b64 u8 u16 u32 u64 s8 s16 s32 s64 f16 f16x2 bf16 bf16x2 f32 f64 tf32 e4m3 e5m2 e4m3x2 e5m2x2".split()
+    "pred b8 b16 b32 b64 u8 u16 u32 u64 s8 s16 s32 s64 u16x2 s16x2 f16 f16x2 bf16 bf16x2 f32 f64 tf32 "
+    "e4m3 e5m2 e4m3x2 e5m2x2".split()
 )
 
 
