@@ -1,4 +1,4 @@
-"""Matrix products by whole warps (mma).
+"""Matrix products by whole warps (mma) and by groups of four warps out of shared memory (wgmma).
 
 A product of two elements is exact in float64, and so, but for extreme spreads of exponents, are sums of up to 256 of
 them: the sum over k is taken in float64, in one fixed order, the accumulator added last, and the result rounded once.
@@ -9,10 +9,12 @@ import re
 
 import numpy as np
 
+from gpu_without_gpu.errors import GpuError, Unsupported
 from gpu_without_gpu.formats import E4M3, E5M2, Array, bf16_to_f32
+from gpu_without_gpu.memory import MANY
 from gpu_without_gpu.machine import Batch, Mask, Step
-from gpu_without_gpu.operands import Read, destination, items, opcode, source
-from gpu_without_gpu.ptx import Instruction
+from gpu_without_gpu.operands import Read, destination, items, opcode, selector, source, spread
+from gpu_without_gpu.ptx import Group, Instruction
 
 # Type -> (bits of an element as it lies in a register, raw elements -> numbers)
 ELEMENTS = {
@@ -82,3 +84,89 @@ def _mma(instruction: Instruction) -> Step:
             write(batch, values, mask)
 
     return mma
+
+
+# wgmma: 64 rows, of which each of the four warps has 16. It runs at once here, so waiting for it is waiting for nothing.
+
+SWIZZLE = {0: 16, 1: 128, 2: 64, 3: 32}  # a descriptor's mode -> bytes of a row within the repeating pattern
+
+
+def _tile(
+    batch: Batch, descriptors: Array, blocks: Array, kind: str, shape: tuple[int, int], transposed: bool
+) -> Array:
+    """The matrices in shared memory that descriptors tell of: float64 [len(descriptors), *shape], of `shape` (m, k).
+
+    A matrix lies in chunks of 16 bytes along k, or along m where it is `transposed`. Rows of chunks come in groups of 8;
+    the bits of a chunk's address from 7 up, which number the row in its group, are xored onto those from 4 up.
+    """
+    start, leading, stride, rest = ((descriptors >> np.uint64(at)).astype(np.int64) & 0x3FFF for at in (0, 16, 32, 48))
+    mode = int(descriptors[0] >> np.uint64(62))
+    if (descriptors >> np.uint64(62) != mode).any() or (rest & 0xE).any() or (transposed and mode == 0):
+        raise Unsupported("not executed without a GPU: this kind of matrix descriptor")
+    width = SWIZZLE[mode]
+    raw, decode = ELEMENTS[kind]
+    per_chunk = 16 // np.dtype(raw).itemsize
+    along, across = shape if transposed else shape[::-1]
+    row, byte = np.arange(across)[:, None], 16 * np.arange(along // per_chunk)
+    within = row % 8 * width + byte % width
+    address = 16 * (start[:, None, None] + byte // width * leading[:, None, None] + row // 8 * stride[:, None, None])
+    address = address + within
+    address ^= address >> 3 & (width - 16)
+    flat, owners = address.reshape(-1), np.repeat(blocks, address[0].size)
+    places = batch.shared.place(flat, owners, 16)
+    batch.shared.note_read(places, 16, owners, np.full(len(places), MANY, np.int32))
+    chunks = batch.shared.load(places, 8 * np.dtype(raw).itemsize, per_chunk)
+    matrix = decode(chunks).reshape(len(start), across, along).astype(np.float64)
+    return matrix.swapaxes(1, 2) if transposed else matrix
+
+
+@opcode("wgmma")
+def _wgmma(instruction: Instruction) -> Step:
+    if set(instruction.flags) & {"fence", "commit_group", "wait_group"}:
+        instruction.only("fence commit_group wait_group sync aligned")
+        return lambda batch, mask: None
+    shape = next((m for flag in instruction.flags if (m := re.fullmatch(r"m64n(\d+)k(\d+)", flag))), None)
+    if shape is None or len(instruction.types) != 3:
+        raise instruction.unsupported()
+    instruction.only(f"mma_async sync aligned satfinite {shape[0]}")
+    n, k = int(shape[1]), int(shape[2])
+    result, left, right = instruction.types
+    if result not in ("f32", "s32"):
+        raise instruction.unsupported("types")
+    targets, a, b, scale_d, *constants = instruction.operands
+    scale_a, scale_b, *transpose = [selector(instruction, constant) for constant in constants] or [1, 1]
+    transpose_a, transpose_b = ([False] * 2 + [bool(t) for t in transpose])[-2:]
+    registers = items(targets)
+    writes = [destination(instruction, register, "b32") for register in registers]
+    befores = [source(instruction, register, "b32") for register in registers]
+    keep = source(instruction, scale_d, "pred")
+    a_parts = [source(instruction, part, "b32") for part in items(a)] if isinstance(a, Group) else None
+    a_descriptor = source(instruction, a, "b64") if a_parts is None else None
+    b_descriptor = source(instruction, b, "b64")
+    integer, saturate = result == "s32", "satfinite" in instruction.flags
+
+    def wgmma(batch: Batch, mask: Mask) -> None:
+        lanes = batch.active(mask)
+        groups = lanes[::128] // 128
+        if not np.array_equal(lanes, (groups[:, None] * 128 + np.arange(128)).reshape(-1)):
+            raise GpuError("a product by groups of four warps with some of a group's threads elsewhere")
+        blocks = batch.block[groups * 128]
+        if a_parts is not None:
+            m = fragment(batch, a_parts, left, 2).reshape(-1, 64, k)[groups]
+        else:
+            assert a_descriptor is not None
+            descriptors = batch.full(a_descriptor(batch))[groups * 128]
+            m = _tile(batch, descriptors, blocks, left, (64, k), transpose_a)
+        descriptors = batch.full(b_descriptor(batch))[groups * 128]
+        product = scale_a * scale_b * (m @ _tile(batch, descriptors, blocks, right, (n, k), transpose_b).swapaxes(1, 2))
+        # [groups, (warp, half, g), (j, t, i)] -> register 4 * j + 2 * half + i of lane 4 * g + t
+        product = product.reshape(-1, 4, 2, 8, n // 8, 4, 2).transpose(4, 2, 6, 0, 1, 3, 5).reshape(n // 2, -1)
+        kept = batch.full(keep(batch))[lanes]
+        before = (
+            np.stack([batch.full(read(batch))[lanes] for read in befores]) if kept.any() else np.zeros_like(product)
+        )
+        before = np.where(kept, before, 0).astype(np.uint32)
+        for write, values in zip(writes, accumulate(product, before, integer, saturate), strict=True):
+            write(batch, spread(batch, lanes, values), mask)
+
+    return wgmma

@@ -102,7 +102,7 @@ class GlobalMemory:
 
 
 _WARPS = 64  # tags are epoch * _WARPS + warp
-_MANY = _WARPS - 1  # in place of a warp: more than one
+MANY = _WARPS - 1  # in place of a warp: more than one
 
 
 class SharedMemory:
@@ -152,11 +152,11 @@ class SharedMemory:
         if ((writer >= start) & (writer != tags)).any():
             raise Race("read of what another warp wrote, with no barrier between")
         before = self._reader[units]
-        now = np.where((before >= start) & (before != tags), start + _MANY, tags)
+        now = np.where((before >= start) & (before != tags), start + MANY, tags)
         self._reader[units] = now
         clash = self._reader[units] != now  # several warps in this very read
         if clash.any():
-            self._reader[units[clash]] = np.broadcast_to(start + _MANY, units.shape)[clash]
+            self._reader[units[clash]] = np.broadcast_to(start + MANY, units.shape)[clash]
 
     def note_write(self, places: Array, values: Array, blocks: Array, warps: Array) -> None:
         """`values` are the bytes, uint8 [n, size], about to be written."""

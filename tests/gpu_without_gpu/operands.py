@@ -136,3 +136,12 @@ def selector(instruction: Instruction, operand: Operand) -> int:
     if not isinstance(operand, Immediate):
         raise instruction.unsupported(f"variable {operand}")
     return operand.value
+
+
+def spread(batch: Batch, lanes: Array, values: Array) -> Array:
+    """Values of some lanes -> an array over all of them."""
+    if len(lanes) == batch.num_lanes:
+        return values
+    result = np.zeros(batch.num_lanes, values.dtype)
+    result[lanes] = values
+    return result

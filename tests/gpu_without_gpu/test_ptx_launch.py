@@ -1,10 +1,11 @@
 """Ordinary launches of small Triton kernels, through the compiler and the execution of its PTX."""
 
-import gpu_without_gpu
 import pytest
 import torch
 import triton
 import triton.language as tl
+
+import gpu_without_gpu
 from gpu_without_gpu.errors import OutOfBounds
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from gpu_without_gpu.errors import GpuError, Trap
 from gpu_without_gpu.formats import FORMATS, UNSIGNED, Array
 from gpu_without_gpu.machine import Batch, Mask, Step
-from gpu_without_gpu.operands import address, destination, items, opcode, source
+from gpu_without_gpu.operands import address, destination, items, opcode, source, spread
 from gpu_without_gpu.ptx import Address, Immediate, Instruction, Special
 
 CACHING = (
@@ -31,15 +31,6 @@ def _access(instruction: Instruction, extra: str = "") -> tuple[bool, str, int]:
 
 def _mask_lanes(batch: Batch, values: Array, lanes: Array) -> Array:
     return np.repeat(values, len(lanes)) if len(values) == 1 else values if len(lanes) == len(values) else values[lanes]
-
-
-def _spread(batch: Batch, lanes: Array, values: Array) -> Array:
-    """Values of some lanes -> an array over all of them."""
-    if len(lanes) == batch.num_lanes:
-        return values
-    result = np.zeros(batch.num_lanes, values.dtype)
-    result[lanes] = values
-    return result
 
 
 @opcode("ld")
@@ -65,7 +56,7 @@ def _load(instruction: Instruction) -> Step:
             rows = batch.memory.load(addresses, bits, count)
         columns = np.ascontiguousarray(rows.T)
         for write, column in zip(writes, columns, strict=True):
-            write(batch, decode(_spread(batch, lanes, column)), mask)
+            write(batch, decode(spread(batch, lanes, column)), mask)
 
     return load
 
@@ -168,7 +159,7 @@ def _atomic(instruction: Instruction) -> Step:
             before[i] = word[0]
             value = function(form.decode(word.copy()), *(form.decode(x[i : i + 1]) for x in operands))
             word[:] = form.encode(value)
-        write(batch, _spread(batch, lanes, before), mask)
+        write(batch, spread(batch, lanes, before), mask)
 
     return atomic
 
@@ -260,7 +251,7 @@ def _load_matrix(instruction: Instruction) -> Step:
         fragments = np.ascontiguousarray(matrices.swapaxes(0, 1)).view(np.uint32).reshape(count, -1)
         lanes = batch.active(mask)
         for write, fragment in zip(writes, fragments, strict=True):
-            write(batch, _spread(batch, lanes, fragment), mask)
+            write(batch, spread(batch, lanes, fragment), mask)
 
     return load
 
