@@ -95,7 +95,7 @@ def rotary_kv_write(
     _, _, num_kv_heads, block_size, head_size = kv_cache.shape
     rows = (slots >= 0).nonzero().squeeze(1)
     slots = slots[rows]
-    heads = qkv[rows].view(len(rows), -1, head_size)
+    heads = qkv[rows].unflatten(1, (-1, head_size))
     rotated = heads[:, : num_heads + num_kv_heads]
     rotated.copy_(rotary(rotated, cos_sin, positions[rows]))
     qkv[rows] = heads.flatten(1)

@@ -15,7 +15,8 @@ def _greater(a, b):
 @triton.jit
 def _stored(x, scale, dtype: tl.constexpr, GREATEST: tl.constexpr):
     """x / scale to nearest even, saturated. Adding and taking away 1.5 * 2^23 leaves an integer's bits alone."""
-    x = tl.where((scale == 0.0)[:, None], 0.0, tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape)))
+    scale = tl.where(scale == 0.0, 1.0, scale)
+    x = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
     x = tl.minimum(tl.maximum(x, -GREATEST), GREATEST)
     if dtype == tl.int8:
         x = (x + 12582912.0) - 12582912.0
