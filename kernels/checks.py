@@ -4,7 +4,14 @@ from collections.abc import Sequence
 
 import torch
 
+from octavo.kernels import backend
+
 COMPUTE_DTYPES = (torch.bfloat16, torch.float32)
+
+
+def compute_dtypes() -> tuple[torch.dtype, ...]:
+    """What weights and activations may be: float16 as well where the kernels are Triton's."""
+    return (*COMPUTE_DTYPES, torch.float16) if backend.kernels() == "triton" else COMPUTE_DTYPES
 
 
 def check(
