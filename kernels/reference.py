@@ -25,8 +25,10 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
     return out.to(out_dtype)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; x is first added to the residual, if given."""
+    if residual is not None:
+        x = residual.copy_(residual.float() + x.float())
     wide = x.float()
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
@@ -35,6 +37,25 @@ def gated_matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """silu(gate) * up of the halves of x @ weight.T + bias. x: [m, k], weight: [n, k]; returns [m, n / 2]."""
     gate, up = matmul(x, weight, bias, None, torch.float32).chunk(2, dim=-1)
     return (torch.nn.functional.silu(gate) * up).to(x.dtype)
+
+
+def silu_mul(x: Tensor) -> Tensor:
+    """silu(gate) * up of the halves of x."""
+    gate, up = x.float().chunk(2, dim=-1)
+    return (torch.nn.functional.silu(gate) * up).to(x.dtype)
+
+
+def gelu_mul(x: Tensor) -> Tensor:
+    """gelu(gate) * up of the halves of x, GELU by its tanh approximation."""
+    gate, up = x.float().chunk(2, dim=-1)
+    return (torch.nn.functional.gelu(gate, approximate="tanh") * up).to(x.dtype)
+
+
+def embedding(token_ids: Tensor, weight: Tensor, first_id: int = 0) -> Tensor:
+    """Rows of the weight [n, k], zeros for ids outside [first_id, first_id + n)."""
+    rows = token_ids.long() - first_id
+    inside = (rows >= 0) & (rows < weight.shape[0])
+    return weight[rows.where(inside, 0)] * inside[:, None]
 
 
 def rotary(x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:

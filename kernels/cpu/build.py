@@ -31,7 +31,7 @@ VARIANTS: dict[str, tuple[list[str], set[str]]] = (
 FLAGS = ["-O3", "-std=c++20", "-fPIC", "-shared", "-pthread", "-ffp-contract=off", "-fno-math-errno"]
 FLAGS += ["-fno-trapping-math", "-Wall", "-Werror"]
 # GCC warns of vectors passed by functions that it then inlines, and of its own intrinsics' undefined lanes.
-FLAGS += ["-Wno-psabi", "-Wno-maybe-uninitialized"]
+FLAGS += ["-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 
 
 def library_path(variant: str) -> Path:
