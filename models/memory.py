@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from octavo.kernels.backend import kernels
+from octavo.kernels.backend import exact, kernels
 from octavo.kernels.matmul import packed_bytes
 from octavo.models.batch import activation_widths
 from octavo.models.config import ModelConfig
@@ -54,10 +54,15 @@ def workspace_bytes(config: ModelConfig, num_tokens: int, max_len: int, dtype: t
     """Bytes of the activations of a step of `num_tokens` tokens, of its logits, and of what kernels allocate."""
     num_bytes = num_tokens * sum(activation_widths(config)) * dtype.itemsize + 4 * LOGITS_ROWS * config.vocab_size
     if kernels() == "triton":
-        from octavo.kernels.gpu.paged_attention import partial_bytes  # here, since importing Triton takes its time
+        # Here, since importing Triton takes its time.
+        from octavo.kernels.gpu.paged_attention import partial_bytes
+        from octavo.kernels.gpu.sample import scratch_bytes
 
+        num_bytes += scratch_bytes(LOGITS_ROWS, config.vocab_size)
         # Twice, since graphs have a memory of their own.
         num_bytes += 2 * partial_bytes(dtype, num_tokens, config.num_heads, config.head_size, max_len)
+    if not exact():  # a vendor's products know no gate, and round their sums before they are float32 logits
+        num_bytes += (2 * num_tokens * config.intermediate_size + LOGITS_ROWS * config.vocab_size) * dtype.itemsize
     return num_bytes
 
 

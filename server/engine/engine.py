@@ -40,15 +40,17 @@ GPU_ROW_TILE = 256  # tokens that a GPU computes in about the time that reading 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def choose_device(wanted: str) -> None:
+def choose_device(wanted: str, exactness: str) -> None:
     """Choose device and kernels for the process, before it allocates anything. Raises StartupError."""
     has_gpu = wanted != "cpu" and torch.cuda.is_available()
     if wanted == "cuda" and not has_gpu:
         cause = "sees no GPU" if torch.version.cuda else "is a build for CPUs alone"
         raise StartupError(f"--device is cuda, but this torch ({torch.__version__}) {cause}")
+    if exactness == "fast" and not has_gpu:
+        raise StartupError("--exactness is fast, which is for GPUs alone")
     try:
         if has_gpu:
-            backend.select(os.environ.get("OCTAVO_KERNELS") or "triton", "cuda")
+            backend.select(os.environ.get("OCTAVO_KERNELS") or "triton", "cuda", exact=exactness != "fast")
         else:
             backend.kernels()
     except ValueError as error:
@@ -137,7 +139,7 @@ class Engine:
 
     def __init__(self, config: EngineConfig) -> None:
         begin = time.monotonic()
-        choose_device(config.device)
+        choose_device(config.device, config.exactness)
         self.num_threads = len(os.sched_getaffinity(0))
         set_num_threads(self.num_threads)
         torch.set_grad_enabled(False)
@@ -151,8 +153,6 @@ class Engine:
             raise StartupError(
                 f"--max-model-len is {max_model_len}, but the model's positions end at {model_config.max_position}"
             )
-        if config.exactness == "fast" and backend.device().type != "cuda":
-            raise StartupError("--exactness is fast, which is for GPUs alone")
         dtype = choose_dtype(config.dtype, model_config.dtype)
         plan = plan_engine_memory(model_config, config, max_model_len, dtype)
         model = Llama(model_config, dtype, max_model_len)

@@ -11,7 +11,7 @@ from octavo.models.config import ModelConfig, read_config
 from octavo.models.memory import kv_block_bytes, state_bytes, weight_bytes, workspace_bytes
 from octavo.server.config import EngineConfig
 from octavo.server.engine import engine
-from octavo.server.engine.engine import Engine, choose_device, choose_dtype, plan_engine_memory
+from octavo.server.engine.engine import choose_device, choose_dtype, plan_engine_memory
 from octavo.server.errors import StartupError
 
 BF16 = torch.bfloat16
@@ -34,17 +34,19 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_auto_takes_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    selected: list[tuple[str, ...]] = []
-    monkeypatch.setattr(backend, "select", lambda *choice: selected.append(choice))
+    selected: list[tuple[str, str, bool]] = []
+    monkeypatch.setattr(backend, "select", lambda name, device, exact: selected.append((name, device, exact)))
     monkeypatch.setattr(backend, "_kernels", "torch")
     monkeypatch.delenv("OCTAVO_KERNELS", raising=False)
     for has_gpu in (False, True):
         monkeypatch.setattr(torch.cuda, "is_available", lambda has_gpu=has_gpu: has_gpu)
-        choose_device("auto")
-        choose_device("cpu")
-    assert selected == [("triton", "cuda")]
-    choose_device("cuda")
-    assert selected == 2 * [("triton", "cuda")]
+        choose_device("auto", "batch")
+        choose_device("cpu", "batch")
+    assert selected == [("triton", "cuda", True)]
+    choose_device("cuda", "fast")
+    assert selected[1:] == [("triton", "cuda", False)]
+    with pytest.raises(StartupError, match="--exactness is fast, which is for GPUs alone"):
+        choose_device("cpu", "fast")
 
 
 def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,14 +54,14 @@ def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         StartupError, match=r"--device is cuda, but this torch \(.*\) (sees no GPU|is a build for CPUs)"
     ):
-        choose_device("cuda")
+        choose_device("cuda", "batch")
 
 
 def test_kernels_for_a_cpu_are_not_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("OCTAVO_KERNELS", "torch")
     with pytest.raises(StartupError, match="OCTAVO_KERNELS is 'torch', but on cuda the kernels are Triton's"):
-        choose_device("auto")
+        choose_device("auto", "batch")
 
 
 @pytest.mark.parametrize(
@@ -92,11 +94,6 @@ def test_float16_is_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "_kernels", "torch")
     with pytest.raises(StartupError, match="--dtype is float16, which is for GPUs alone"):
         choose_dtype("float16", "float16")
-
-
-def test_fast_is_for_gpus(tiny_checkpoint: Callable[[str], Path]) -> None:
-    with pytest.raises(StartupError, match="--exactness is fast, which is for GPUs alone"):
-        Engine(EngineConfig(str(tiny_checkpoint("llama2")), device="cpu", exactness="fast"))
 
 
 def test_kv_cache_fills_the_share_of_a_gpu(model: ModelConfig, gpu: list[int]) -> None:
