@@ -35,7 +35,7 @@ BITWISE = {np.bitwise_and, np.bitwise_or, np.bitwise_xor}
 def _numbers(handle: Any) -> Array:
     """What a handle holds, small floats as float32."""
     decode = DECODE.get(handle.dtype.scalar)
-    return decode(np.ascontiguousarray(handle.data)) if decode else handle.data  # type: ignore[no-any-return]
+    return decode(np.ascontiguousarray(handle.data)) if decode else handle.data
 
 
 def _handle(values: Array, kind: Any) -> Any:
