@@ -333,6 +333,8 @@ def _vote(instruction: Instruction) -> Step:
     _members(instruction)
     flags = instruction.only("sync all any uni ballot")
     (mode,) = flags - {"sync"}
+    if instruction.types != ("b32" if mode == "ballot" else "pred",):
+        raise instruction.unsupported("types")
     target, origin, _ = instruction.operands
     read = source(instruction, origin, "pred")
     write = destination(instruction, target, "b32" if mode == "ballot" else "pred")
