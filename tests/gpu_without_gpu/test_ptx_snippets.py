@@ -260,7 +260,8 @@ def test_votes_and_reductions() -> None:
     vote.sync.ballot.b32 %r1, %p1, -1;
     vote.sync.any.pred %p2, %p1, -1;
     vote.sync.all.pred %p3, %p1, -1;
-    redux.sync.add.u32 %r2, %r0, -1;
+    mov.b32 %r4, -1;
+    redux.sync.add.u32 %r2, %r0, %r4;
     redux.sync.max.s32 %r3, %r0, 0xffffffff;
     @%p2 add.u32 %r1, %r1, 1000;
     @%p3 add.u32 %r1, %r1, 5000;
@@ -460,6 +461,8 @@ def test_threads_meet_at_different_barriers() -> None:
 def test_warp_wide_instructions_want_the_whole_warp() -> None:
     with pytest.raises(GpuError, match="some of the warp's threads elsewhere"):
         run("setp.lt.u32 %p1, %r0, 5;\n@%p1 shfl.sync.bfly.b32 %r1, %r0, 1, 31, -1;")
+    with pytest.raises(GpuError, match="less than the warp"):
+        run("shfl.sync.bfly.b32 %r1, %r0, 1, 31, 0xff;")
 
 
 def test_registers_must_be_written_first() -> None:
@@ -516,7 +519,6 @@ def test_module_level_data() -> None:
         "atom.global.add.noftz.f16x2 %r1, [%rd1], %r0;",
         "bar.sync 1, 64;",
         "bar.red.popc.u32 %r1, 0, %p1;",
-        "shfl.sync.bfly.b32 %r1, %r0, 1, 31, 0xff;",
         "setp.lt.f16x2 %p1|%p2, %r0, %r0;",
         "mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {%r1, %r2}, {%r1, %r2, %r3, %r4}, {%r1, %r2}, {%r1, %r2};",
         "vote.sync.ballot.b64 %rd1, %p1, -1;",

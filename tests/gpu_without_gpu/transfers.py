@@ -276,16 +276,21 @@ def _store_matrix(instruction: Instruction) -> Step:
 # Within a warp
 
 
-def _members(instruction: Instruction) -> None:
-    """Only whole warps, which Triton always asks for."""
-    mask = instruction.operands[-1]
-    if not isinstance(mask, Immediate) or mask.value & 0xFFFF_FFFF != 0xFFFF_FFFF:
-        raise instruction.unsupported("membermask")
+def _members(instruction: Instruction) -> Step:
+    """A check that whole warps take part, which is what the membermask, the last operand, always says in Triton."""
+    members = source(instruction, instruction.operands[-1], "b32")
+
+    def check(batch: Batch, mask: Mask) -> None:
+        batch.whole_warps(mask)
+        if (_mask_lanes(batch, members(batch), batch.active(mask)) != 0xFFFF_FFFF).any():
+            raise GpuError("a membermask of less than the warp")
+
+    return check
 
 
 @opcode("shfl")
 def _shuffle(instruction: Instruction) -> Step:
-    _members(instruction)
+    check = _members(instruction)
     flags = instruction.only("sync up down bfly idx")
     (mode,) = flags - {"sync"}
     target, origin, distance, clamp, _ = instruction.operands
@@ -314,7 +319,7 @@ def _shuffle(instruction: Instruction) -> Step:
         fixed = lookup(np.array([distance.value]), np.array([clamp.value]))
 
     def shuffle(batch: Batch, mask: Mask) -> None:
-        batch.whole_warps(mask)
+        check(batch, mask)
         values = batch.full(read(batch)).reshape(-1, 32)
         if fixed is not None:
             write(batch, values[:, fixed[0]].reshape(-1), mask)
@@ -330,7 +335,7 @@ def _shuffle(instruction: Instruction) -> Step:
 
 @opcode("vote")
 def _vote(instruction: Instruction) -> Step:
-    _members(instruction)
+    check = _members(instruction)
     flags = instruction.only("sync all any uni ballot")
     (mode,) = flags - {"sync"}
     if instruction.types != ("b32" if mode == "ballot" else "pred",):
@@ -340,7 +345,7 @@ def _vote(instruction: Instruction) -> Step:
     write = destination(instruction, target, "b32" if mode == "ballot" else "pred")
 
     def vote(batch: Batch, mask: Mask) -> None:
-        batch.whole_warps(mask)
+        check(batch, mask)
         votes = batch.full(read(batch)).reshape(-1, 32)
         result: dict[str, Any] = {
             "all": votes.all(1),
@@ -355,7 +360,7 @@ def _vote(instruction: Instruction) -> Step:
 
 @opcode("redux")
 def _reduce(instruction: Instruction) -> Step:
-    _members(instruction)
+    check = _members(instruction)
     flags = instruction.only("sync add min max and or xor")
     (mode,) = flags - {"sync"}
     (kind,) = instruction.types
@@ -366,7 +371,7 @@ def _reduce(instruction: Instruction) -> Step:
     write = destination(instruction, instruction.operands[0], kind)
 
     def reduce(batch: Batch, mask: Mask) -> None:
-        batch.whole_warps(mask)
+        check(batch, mask)
         values = batch.full(read(batch)).reshape(-1, 32)
         write(batch, np.repeat(function.reduce(values, axis=1, dtype=values.dtype), 32), mask)
 
