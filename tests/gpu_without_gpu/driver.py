@@ -1,6 +1,6 @@
 """A driver for Triton that needs no GPU: ordinary launches compile for real, and the PTX is executed here."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
-from triton.backends.nvidia.driver import expand_signature, make_tensordesc_arg
+from triton.backends.nvidia.driver import make_tensordesc_arg
 
 from gpu_without_gpu.errors import Unsupported
 from gpu_without_gpu.formats import FORMATS
@@ -17,18 +17,16 @@ from gpu_without_gpu.machine import Code, execute
 from gpu_without_gpu.memory import GlobalMemory
 from gpu_without_gpu.program import load
 
-# Of an A100 and an H100, what the compiler and autotuning ask for.
-PROPERTIES = {
-    80: {"max_shared_mem": 166_912, "multiprocessor_count": 108},
-    90: {"max_shared_mem": 232_448, "multiprocessor_count": 132},
-}
-COMMON = {
+PROPERTIES = {  # of an H100, what the compiler and autotuning ask for
+    "max_shared_mem": 232_448,
+    "multiprocessor_count": 132,
     "max_num_regs": 65_536,
     "warpSize": 32,
-    "sm_clock_rate": 1_500_000,
-    "mem_clock_rate": 1_500_000,
+    "sm_clock_rate": 1_755_000,
+    "mem_clock_rate": 2_619_000,
     "mem_bus_width": 5120,
 }
+MAX_SHARED = {80: 166_912}  # where it differs
 
 
 class _Utils:
@@ -52,24 +50,21 @@ class _Utils:
         return None, code, 0, 0, 1024
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        return COMMON | PROPERTIES[device]
+        return PROPERTIES | {"max_shared_mem": MAX_SHARED.get(device, PROPERTIES["max_shared_mem"])}
 
     def unload_module(self, module: object) -> None:
         pass
 
 
 class _Launcher:
-    """Calls a compiled kernel: arguments become raw bits, tensors become ranges of addresses."""
+    """Calls a compiled kernel."""
 
     def __init__(self, source: Any, metadata: Any) -> None:
         self._metadata = metadata
-        self._signature = list(source.signature.values())
-        self._descriptors = getattr(metadata, "tensordesc_meta", None)
-        self._types = expand_signature(self._signature, self._descriptors)
-        if "nvTmaDesc" in self._types:
-            raise Unsupported("not executed without a GPU: tensor descriptors of the tensor memory accelerator")
-        names = list(source.signature)
-        self._names = names if len(names) == len(self._types) else [f"argument {i}" for i in range(len(self._types))]
+        self._names = list(source.signature)
+        self._kinds = list(source.signature.values())
+        if getattr(metadata, "tensordesc_meta", None):
+            raise Unsupported("not executed without a GPU: descriptors for the tensor memory accelerator")
 
     def __call__(
         self,
@@ -86,60 +81,54 @@ class _Launcher:
     ) -> None:
         if isinstance(function, Unsupported):
             raise function
-        memory = GlobalMemory()
-        values: list[int] = []
-        for kind, name, argument in zip(self._types, self._names, self._expand(arguments), strict=True):
-            _flatten(kind, name, argument, memory, values)
+        named = list(_flat(self._kinds, self._names, arguments))
         blocks = grid_x * grid_y * grid_z
-        scratch = []
         for size in (self._metadata.global_scratch_size, self._metadata.profile_scratch_size):
-            scratch.append(torch.empty(blocks * size + 256, dtype=torch.uint8))
-            values.append(-(-scratch[-1].data_ptr() // 256) * 256)
-            memory.add(values[-1], blocks * size, "scratch memory")
-        execute(function, memory, values, (grid_x, grid_y, grid_z), self._metadata.shared)
-
-    def _expand(self, arguments: Sequence[Any]) -> list[Any]:
-        expanded: list[Any] = []
-        for kind, argument in zip(self._signature, arguments, strict=True):
-            if isinstance(kind, str) and kind.startswith("tensordesc"):
-                expanded.extend(make_tensordesc_arg(argument, None))
-            else:
-                expanded.append(argument)
-        return expanded
+            named.append(("scratch memory", torch.empty(blocks * size, dtype=torch.uint8)))
+        run(function, (grid_x, grid_y, grid_z), named, self._metadata.shared)
 
 
-def _flatten(kind: Any, name: str, argument: Any, memory: GlobalMemory, values: list[int]) -> None:
-    """Append the raw bits of one argument, of the Triton type `kind`, or of all in a tuple."""
-    if kind == "constexpr":
-        return
-    if isinstance(kind, tuple):
-        for i, (inner_kind, inner) in enumerate(zip(kind, argument, strict=True)):
-            _flatten(inner_kind, f"{name}[{i}]", inner, memory, values)
-    elif kind.startswith("*"):
-        tensor = getattr(argument, "base", argument) if hasattr(argument, "data_ptr") else None
-        if tensor is None:
+def _flat(kinds: Sequence[Any], names: Sequence[str], arguments: Sequence[Any]) -> Iterator[tuple[str, Any]]:
+    """The arguments that reach the kernel: no constants, tuples and tensor descriptors in parts."""
+    for kind, name, argument in zip(kinds, names, arguments, strict=True):
+        if isinstance(kind, tuple):
+            yield from _flat(kind, [name] * len(kind), argument)
+        elif kind.startswith("tensordesc"):
+            yield from ((name, part) for part in make_tensordesc_arg(argument, None))
+        elif kind != "constexpr":
+            yield name, argument
+
+
+def run(code: Code, grid: tuple[int, int, int], arguments: Sequence[tuple[str, Any]], shared_bytes: int) -> None:
+    """Execute a kernel with named arguments: tensors on the CPU, numbers, None for a null pointer."""
+    memory = GlobalMemory()
+    values = []
+    for (name, argument), kind in zip(arguments, code.kernel.parameters.values(), strict=True):
+        if hasattr(argument, "data_ptr"):
+            tensor = getattr(argument, "base", argument)  # of a triton.TensorWrapper
+            if tensor.device.type != "cpu":
+                raise ValueError(f"{name}: expected a tensor on the CPU, got one on {tensor.device}")
+            memory.add_tensor(tensor, name)
+            values.append(tensor.data_ptr())
+        elif kind in ("f32", "f64"):
+            values.append(int(FORMATS[kind].encode(np.array([argument], np.float64))[0]))
+        else:
             values.append(int(argument or 0))
-            return
-        if tensor.device.type != "cpu":
-            raise ValueError(f"{name}: expected a tensor on the CPU, got one on {tensor.device}")
-        memory.add_tensor(tensor, name)
-        values.append(argument.data_ptr())
-    elif kind in ("fp16", "bf16", "fp32", "fp64"):
-        form = FORMATS[{"fp16": "f16", "bf16": "bf16", "fp32": "f32", "fp64": "f64"}[kind]]
-        number = np.array([argument], np.float64 if kind == "fp64" else np.float32)
-        values.append(int(form.encode(number)[0]))
-    else:
-        values.append(int(argument))
+    execute(code, memory, values, grid, shared_bytes)
+
+
+def run_ptx(text: str, grid: tuple[int, int, int], *arguments: Any, shared_bytes: int = 0) -> None:
+    """Execute the one kernel in a PTX text."""
+    run(load(text), grid, [(f"argument {i}", argument) for i, argument in enumerate(arguments)], shared_bytes)
 
 
 class WithoutGpu(DriverBase):  # type: ignore[misc]
-    """The driver. A device's number is its architecture, so that Triton keeps what it compiled for each apart."""
+    """The driver. Each target counts as a device of its own, so that Triton keeps apart what it compiled for each."""
 
-    def __init__(self, arch: int) -> None:
-        if arch not in PROPERTIES:
-            raise ValueError(f"arch is {arch}, expected one of {', '.join(map(str, PROPERTIES))}")
+    def __init__(self, target: GPUTarget) -> None:
         super().__init__()
-        self.arch = arch
+        self.target = target
+        self.device = target.arch if isinstance(target.arch, int) else int(target.arch.removeprefix("gfx"), 16)
         self.utils = _Utils()
         self.launcher_cls = _Launcher
 
@@ -151,10 +140,10 @@ class WithoutGpu(DriverBase):  # type: ignore[misc]
         return ty
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
+        return self.target
 
     def get_current_device(self) -> int:
-        return self.arch
+        return self.device
 
     def get_current_stream(self, device: int | None = None) -> int:
         return 0
@@ -181,12 +170,29 @@ class WithoutGpu(DriverBase):  # type: ignore[misc]
         pass
 
 
-def activate(arch: int) -> None:
-    """From now on Triton compiles for sm_`arch` and launches here."""
-    before = triton.runtime.driver._active
+def activate(target: GPUTarget) -> None:
+    """From now on Triton compiles for this target and launches here."""
     hook = triton.knobs.runtime.kernel_load_start_hook
-    if isinstance(before, WithoutGpu):
+    if isinstance(before := triton.runtime.driver._active, WithoutGpu):
         hook.remove(before.utils.read)
-    driver = WithoutGpu(arch)
+    driver = WithoutGpu(target)
     hook.add(driver.utils.read)
     triton.runtime.driver.set_active(driver)
+
+
+def compile_only(kernel: Any, *arguments: Any, target: str, **options: Any) -> Any:
+    """Compile as a launch with these arguments would, for "sm_80", "sm_90", "sm_100" or AMD's "gfx942" and the like.
+
+    A torch dtype stands for an aligned tensor of it. Returns Triton's CompiledKernel, whose `asm` has the texts ("ptx",
+    "amdgcn") and binaries ("cubin", "hsaco"); an autotuned kernel gives a list of them. Executes nothing.
+    """
+    if target.startswith("sm_"):
+        gpu = GPUTarget("cuda", int(target[3:]), 32)
+    else:
+        gpu = GPUTarget("hip", target, 64 if target.startswith("gfx9") else 32)
+    before = triton.runtime.driver._active
+    triton.runtime.driver.set_active(WithoutGpu(gpu))
+    try:
+        return kernel.warmup(*arguments, grid=(1,), **options)
+    finally:
+        triton.runtime.driver.set_active(before)

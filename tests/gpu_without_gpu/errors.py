@@ -21,10 +21,6 @@ class Race(GpuError):
     """Two warps use the same shared memory, at least one of them writes, and no barrier lies between."""
 
 
-class Deadlock(GpuError):
-    """Threads wait at a barrier that the rest of their block never reaches."""
-
-
 class StepLimit(GpuError):
     """More instructions than any kernel here should need: an endless loop."""
 

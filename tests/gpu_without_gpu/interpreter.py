@@ -35,7 +35,7 @@ BITWISE = {np.bitwise_and, np.bitwise_or, np.bitwise_xor}
 def _numbers(handle: Any) -> Array:
     """What a handle holds, small floats as float32."""
     decode = DECODE.get(handle.dtype.scalar)
-    return decode(np.ascontiguousarray(handle.data)) if decode else handle.data  # type: ignore[no-any-return]
+    return decode(np.ascontiguousarray(handle.data)) if decode else handle.data
 
 
 def _handle(values: Array, kind: Any) -> Any:
@@ -113,11 +113,11 @@ def _reduce(plain: Callable[..., Any]) -> Callable[..., Any]:
         elif kind.scalar in DECODE:
             wide = self.to_tensor(_numbers(operands[0].handle), tl.float32)
             result = plain(self, (wide,))
-            values = (result[0] if isinstance(result, (list, tuple)) else result).handle.data
-            values = values if self.axis is not None and np.ndim(values) else values.item()
+            result = result[0] if isinstance(result, (list, tuple)) else result
+            values = result.handle.data if result.type.is_block() else result.handle.data.item()
         else:
             return plain(self, operands)
-        return self.to_tensor(_handle(np.asarray(values), kind).data, kind)
+        return self.to_tensor(_handle(np.asarray(values, np.float64), kind).data, kind)
 
     return apply_impl
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gpu_without_gpu.errors import Deadlock, GpuError, StepLimit
+from gpu_without_gpu.errors import GpuError, StepLimit
 from gpu_without_gpu.formats import UNSIGNED, Array
 from gpu_without_gpu.memory import AsyncCopies, GlobalMemory, SharedMemory
 from gpu_without_gpu.ptx import Instruction, Kernel, Register
@@ -119,8 +119,6 @@ class Batch:
             except Exception as error:
                 error.add_note(f"while executing PTX{self._location()}")
                 raise
-        if self._waiting:
-            raise Deadlock("threads wait at a barrier that the others of their block never reach")
 
     def _location(self) -> str:
         instruction = self.code.kernel.instructions[self._position]

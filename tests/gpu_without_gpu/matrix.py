@@ -11,8 +11,8 @@ import numpy as np
 
 from gpu_without_gpu.errors import GpuError, Unsupported
 from gpu_without_gpu.formats import E4M3, E5M2, Array, bf16_to_f32
-from gpu_without_gpu.memory import MANY
 from gpu_without_gpu.machine import Batch, Mask, Step
+from gpu_without_gpu.memory import MANY
 from gpu_without_gpu.operands import Read, destination, items, opcode, selector, source, spread
 from gpu_without_gpu.ptx import Group, Instruction
 
@@ -86,7 +86,7 @@ def _mma(instruction: Instruction) -> Step:
     return mma
 
 
-# wgmma: 64 rows, of which each of the four warps has 16. It runs at once here, so waiting for it is waiting for nothing.
+# wgmma: 64 rows, of which each of the four warps has 16. It runs at once here: there is nothing to wait for.
 
 SWIZZLE = {0: 16, 1: 128, 2: 64, 3: 32}  # a descriptor's mode -> bytes of a row within the repeating pattern
 
@@ -96,8 +96,8 @@ def _tile(
 ) -> Array:
     """The matrices in shared memory that descriptors tell of: float64 [len(descriptors), *shape], of `shape` (m, k).
 
-    A matrix lies in chunks of 16 bytes along k, or along m where it is `transposed`. Rows of chunks come in groups of 8;
-    the bits of a chunk's address from 7 up, which number the row in its group, are xored onto those from 4 up.
+    A matrix lies in chunks of 16 bytes along k, or along m where it is `transposed`. Rows of chunks come in groups of
+    8; the bits of a chunk's address from 7 up, which number the row in its group, are xored onto those from 4 up.
     """
     start, leading, stride, rest = ((descriptors >> np.uint64(at)).astype(np.int64) & 0x3FFF for at in (0, 16, 32, 48))
     mode = int(descriptors[0] >> np.uint64(62))

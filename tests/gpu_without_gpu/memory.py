@@ -11,7 +11,7 @@ from gpu_without_gpu.formats import UNSIGNED, Array
 
 # All memory of this process as one array, so that an address is an index. Nothing is touched without a check of bounds.
 _START = 4096
-_BYTES = np.frombuffer((ctypes.c_uint8 * ((1 << 47) - 2 * _START)).from_address(_START), np.uint8)
+_BYTES: Array = np.frombuffer(memoryview((ctypes.c_uint8 * ((1 << 47) - 2 * _START)).from_address(_START)), np.uint8)
 _WORDS = {width: _BYTES.view(UNSIGNED[width]) for width in (8, 16, 32, 64)}
 
 

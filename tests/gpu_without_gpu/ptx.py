@@ -113,9 +113,9 @@ def parse(text: str) -> Kernel:
     if len(entries) != 1 or re.search(r"^\s*(\.visible\s+)?\.func\b[^;]*\{", text, re.MULTILINE):
         raise Unsupported("not executed without a GPU: PTX that is not one entry function")
     name, parameters, attributes = entries[0].groups()
-    threads = re.search(r"\.reqntid\s+(\d+)(?:\s*,\s*1)*\s*$", attributes.strip())
-    if threads is None:
-        raise Unsupported("not executed without a GPU: a kernel without .reqntid")
+    threads = re.search(r"\.reqntid\s+(\d+)(?:\s*,\s*1)*\s*(?:\.|$)", attributes)
+    if threads is None or "cluster" in attributes:
+        raise Unsupported(f"not executed without a GPU: a kernel with the attributes `{' '.join(attributes.split())}`")
     kernel = Kernel(name, int(threads.group(1)))
     for declaration in filter(None, parameters.split(",")):
         words = declaration.split()

@@ -115,29 +115,25 @@ def _store(instruction: Instruction) -> Step:
 # Atomics
 
 
-def _atomic_functions() -> dict[str, Callable[..., Any]]:
-    return {
-        "add": lambda old, x: old + x,
-        "min": np.minimum,
-        "max": np.maximum,
-        "and": lambda old, x: old & x,
-        "or": lambda old, x: old | x,
-        "xor": lambda old, x: old ^ x,
-        "exch": lambda old, x: x,
-        "cas": lambda old, expected, x: np.where(old == expected, x, old),
-        "inc": lambda old, x: np.where(old >= x, 0, old + 1),
-        "dec": lambda old, x: np.where((old == 0) | (old > x), x, old - 1),
-    }
+ATOMIC: dict[str, Callable[..., Array]] = {
+    "add": np.add,
+    "min": np.minimum,
+    "max": np.maximum,
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+    "exch": lambda old, x: x,
+    "cas": lambda old, expected, x: x if (old == expected).all() else old,
+}
 
 
 @opcode("atom", "red")
 def _atomic(instruction: Instruction) -> Step:
-    functions = _atomic_functions()
-    shared, kind, _ = _access(instruction, " ".join([*functions, "noftz"]))
-    (name,) = [flag for flag in instruction.flags if flag in functions] or [""]
-    if not name or (kind[-2:] == "x2") or {"v2", "v4", "v8"} & set(instruction.flags):
+    shared, kind, count = _access(instruction, " ".join([*ATOMIC, "noftz"]))
+    (name,) = (flag for flag in instruction.flags if flag in ATOMIC)
+    if kind.endswith("x2") or count > 1:
         raise instruction.unsupported()
-    function, form = functions[name], FORMATS[kind]
+    function, form = ATOMIC[name], FORMATS[kind]
     returns = instruction.opcode == "atom"
     place, *origins = instruction.operands[returns:]
     reads = [source(instruction, origin, f"b{form.bits}") for origin in origins]
@@ -280,16 +276,21 @@ def _store_matrix(instruction: Instruction) -> Step:
 # Within a warp
 
 
-def _members(instruction: Instruction) -> None:
-    """Only whole warps, which Triton always asks for."""
-    mask = instruction.operands[-1]
-    if not isinstance(mask, Immediate) or mask.value & 0xFFFF_FFFF != 0xFFFF_FFFF:
-        raise instruction.unsupported("membermask")
+def _members(instruction: Instruction) -> Step:
+    """A check that whole warps take part, which is what the membermask, the last operand, always says in Triton."""
+    members = source(instruction, instruction.operands[-1], "b32")
+
+    def check(batch: Batch, mask: Mask) -> None:
+        batch.whole_warps(mask)
+        if (_mask_lanes(batch, members(batch), batch.active(mask)) != 0xFFFF_FFFF).any():
+            raise GpuError("a membermask of less than the warp")
+
+    return check
 
 
 @opcode("shfl")
 def _shuffle(instruction: Instruction) -> Step:
-    _members(instruction)
+    check = _members(instruction)
     flags = instruction.only("sync up down bfly idx")
     (mode,) = flags - {"sync"}
     target, origin, distance, clamp, _ = instruction.operands
@@ -318,7 +319,7 @@ def _shuffle(instruction: Instruction) -> Step:
         fixed = lookup(np.array([distance.value]), np.array([clamp.value]))
 
     def shuffle(batch: Batch, mask: Mask) -> None:
-        batch.whole_warps(mask)
+        check(batch, mask)
         values = batch.full(read(batch)).reshape(-1, 32)
         if fixed is not None:
             write(batch, values[:, fixed[0]].reshape(-1), mask)
@@ -334,78 +335,47 @@ def _shuffle(instruction: Instruction) -> Step:
 
 @opcode("vote")
 def _vote(instruction: Instruction) -> Step:
-    _members(instruction)
+    check = _members(instruction)
     flags = instruction.only("sync all any uni ballot")
     (mode,) = flags - {"sync"}
+    if instruction.types != ("b32" if mode == "ballot" else "pred",):
+        raise instruction.unsupported("types")
     target, origin, _ = instruction.operands
     read = source(instruction, origin, "pred")
     write = destination(instruction, target, "b32" if mode == "ballot" else "pred")
 
     def vote(batch: Batch, mask: Mask) -> None:
-        batch.whole_warps(mask)
+        check(batch, mask)
         votes = batch.full(read(batch)).reshape(-1, 32)
-        if mode == "ballot":
-            result = np.packbits(votes, axis=1, bitorder="little").view(np.uint32)[:, 0]
-        else:
-            all_, any_ = votes.all(1), votes.any(1)
-            result = {"all": all_, "any": any_, "uni": all_ | ~any_}[mode]
-        write(batch, np.repeat(result, 32), mask)
+        result: dict[str, Any] = {
+            "all": votes.all(1),
+            "any": votes.any(1),
+            "uni": votes.all(1) | ~votes.any(1),
+            "ballot": np.packbits(votes, axis=1, bitorder="little").view(np.uint32)[:, 0],
+        }
+        write(batch, np.repeat(result[mode], 32), mask)
 
     return vote
 
 
 @opcode("redux")
 def _reduce(instruction: Instruction) -> Step:
-    _members(instruction)
+    check = _members(instruction)
     flags = instruction.only("sync add min max and or xor")
     (mode,) = flags - {"sync"}
     (kind,) = instruction.types
     if kind not in ("s32", "u32", "b32"):
         raise instruction.unsupported("types")
-    function = {
-        "add": np.add,
-        "min": np.minimum,
-        "max": np.maximum,
-        "and": np.bitwise_and,
-        "or": np.bitwise_or,
-        "xor": np.bitwise_xor,
-    }[mode]
+    function: Any = ATOMIC[mode]
     read = source(instruction, instruction.operands[1], kind)
     write = destination(instruction, instruction.operands[0], kind)
 
     def reduce(batch: Batch, mask: Mask) -> None:
-        batch.whole_warps(mask)
+        check(batch, mask)
         values = batch.full(read(batch)).reshape(-1, 32)
         write(batch, np.repeat(function.reduce(values, axis=1, dtype=values.dtype), 32), mask)
 
     return reduce
-
-
-@opcode("activemask")
-def _active_mask(instruction: Instruction) -> Step:
-    write = destination(instruction, instruction.operands[0], "b32")
-
-    def active_mask(batch: Batch, mask: Mask) -> None:
-        lanes = np.ones(batch.num_lanes, bool) if mask is None else mask
-        bits = np.packbits(lanes.reshape(-1, 32), axis=1, bitorder="little").view(np.uint32)[:, 0]
-        write(batch, np.repeat(bits, 32), mask)
-
-    return active_mask
-
-
-@opcode("elect")
-def _elect(instruction: Instruction) -> Step:
-    _members(instruction)
-    instruction.only("sync")
-    lane, chosen = items(instruction.operands[0])
-    write_lane, write_chosen = destination(instruction, lane, "b32"), destination(instruction, chosen, "pred")
-
-    def elect(batch: Batch, mask: Mask) -> None:
-        batch.whole_warps(mask)
-        write_lane(batch, np.zeros(1, np.uint32), mask)
-        write_chosen(batch, batch.lanes % 32 == 0, mask)
-
-    return elect
 
 
 # What has no effect here, and what ends the kernel
