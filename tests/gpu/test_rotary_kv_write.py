@@ -1,5 +1,7 @@
 """rotary_kv_write: queries in place, keys and values in their slots and nowhere else, with the native op's bits."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -43,8 +45,8 @@ class Case:
         device = backend.device()
         qkv, cache = self.qkv.to(device, copy=True), self.cache.to(device, copy=True)
         scales = None if self.scales is None else self.scales.to(device, copy=True)
-        where = (x.to(device) for x in (self.cos_sin, self.positions, self.slots))
-        rotary_kv_write(qkv, *where, cache, self.heads, scales)
+        cos_sin, positions, slots = (x.to(device) for x in (self.cos_sin, self.positions, self.slots))
+        rotary_kv_write(qkv, cos_sin, positions, slots, cache, self.heads, scales)
         return qkv.cpu(), cache.cpu(), None if scales is None else scales.cpu()
 
     def check(self) -> None:
@@ -140,11 +142,12 @@ def test_wrong_arguments_are_named() -> None:
     positions = torch.zeros(2, dtype=torch.int32, device=device)
     slots = torch.zeros(2, dtype=torch.int64, device=device)
     cache = torch.zeros(1, 2, 1, 16, 16, device=device)
-    for arguments, words in [
+    wrong: list[tuple[tuple[Any, ...], str]] = [
         ((qkv, table, positions, slots, cache, 3, torch.zeros(1, 2, 1, 16, device=device)), "kv_scales: given"),
         ((qkv, table, positions, slots, cache.to(INT8), 3), "kv_scales: missing"),
         ((qkv, table, positions, slots, cache.double(), 3), "kv_cache: dtype is torch.float64"),
         ((qkv.half(), table, positions, slots, cache, 3), "qkv: dtype is torch.float16"),
-    ]:
+    ]
+    for arguments, words in wrong:
         with pytest.raises(ValueError, match=words):
             rotary_kv_write(*arguments)
