@@ -58,6 +58,14 @@ def embedding(token_ids: Tensor, weight: Tensor, first_id: int = 0) -> Tensor:
     return weight[rows.where(inside, 0)] * inside[:, None]
 
 
+def sum_ranks(parts: Tensor) -> Tensor:
+    """The sum of what ranks hold, from rank 0 upwards in float32, rounded once. parts: [ranks, size]."""
+    total = parts[0].float()
+    for part in parts[1:]:
+        total = total + part.float()
+    return total.to(parts.dtype)
+
+
 def rotary(x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
     """The rotated heads. x: [tokens, heads, head_size]; cos_sin: [max_positions, rotary_size]."""
     size = cos_sin.shape[1]

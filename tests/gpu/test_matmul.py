@@ -1,5 +1,6 @@
 """matmul and gated_matmul against float64; the promise that a row's bits stand by themselves; the vendor's library."""
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -12,12 +13,15 @@ from octavo.kernels.matmul import PackedWeight, empty_packed, gated_matmul, matm
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 # One before, at and past the edges of tiles, which are of 16, 32 and 64 rows and of 16 to 128 columns.
-SHAPES = [(1, 1, 2), (2, 16, 64), (16, 33, 66), (17, 31, 128), (33, 80, 48), (129, 130, 80)]  # m, n, k
+SHAPES = [(1, 1, 2), (2, 16, 64), (16, 33, 66), (17, 31, 128), (33, 80, 48), (129, 130, 80), (20, 66, 34)]  # m, n, k
 WIDE_SHAPES = [
     (m, n, k)
     for m in (1, 15, 16, 17, 31, 32, 33, 64, 65, 128, 129, 192, 193)
     for n, k in ((16, 32), (33, 144), (127, 63), (129, 65))
 ]
+
+# The interpreter leaves a tile's products to numpy, which adds them in an order of its own.
+EXECUTED = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="of compiled kernels only")
 
 Poison = Callable[..., Tensor]
 
@@ -67,8 +71,10 @@ def test_gated_product(m: int, n: int, k: int, dtype: torch.dtype, in_poison: Po
 @pytest.mark.parametrize("dtype", list(TOLERANCES))
 @pytest.mark.parametrize(("m", "n", "k"), WIDE_SHAPES)
 def test_product_of_many_shapes(m: int, n: int, k: int, dtype: torch.dtype, in_poison: Poison) -> None:
+    biased = k % 2 == 0
+    k += k % 2 if dtype.itemsize == 2 else 0  # rows of 16-bit weights are even
     check_product(m, n, k, dtype, in_poison)
-    check_gated_product(m, n, k, dtype, n % 2 == 1, in_poison)
+    check_gated_product(m, n, k, dtype, biased, in_poison)
 
 
 def test_tiles_by_turns() -> None:
@@ -79,6 +85,7 @@ def test_tiles_by_turns() -> None:
     torch.testing.assert_close(matmul(x, packed(w)).double(), x.double() @ w.double().T, atol=1e-5, rtol=1e-5)
 
 
+@EXECUTED
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("dtype", list(TOLERANCES))
 def test_row_alone_has_the_bits_it_has_in_a_batch(dtype: torch.dtype, gated: bool, device: torch.device) -> None:
@@ -91,6 +98,7 @@ def test_row_alone_has_the_bits_it_has_in_a_batch(dtype: torch.dtype, gated: boo
             assert torch.equal(op(x[begin : begin + m], weight), whole[begin : begin + m]), (m, begin)
 
 
+@EXECUTED
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", list(TOLERANCES))
 @pytest.mark.parametrize("k", [64, 200, 576])
@@ -102,6 +110,7 @@ def test_every_row_alone(k: int, dtype: torch.dtype, device: torch.device) -> No
         assert torch.equal(matmul(x[row : row + 1], packed(w)), whole[row : row + 1]), row
 
 
+@EXECUTED
 @pytest.mark.parametrize("dtype", list(TOLERANCES))
 @pytest.mark.parametrize("m", [1, 17, 129])
 def test_sums_run_over_k_from_0_upwards(m: int, dtype: torch.dtype, device: torch.device) -> None:
