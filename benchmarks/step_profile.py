@@ -24,6 +24,7 @@ from unittest.mock import patch
 from octavo.benchmarks import serving
 from octavo.benchmarks.offline import DTYPES, make_requests, measure_machine
 from octavo.benchmarks.serving import BenchmarkError
+from octavo.kernels import backend
 from octavo.kernels.cpu.library import library
 from octavo.kernels.program import Program
 from octavo.models.config import ConfigError, ModelConfig, read_config
@@ -108,7 +109,7 @@ def profile_step(engine: Engine) -> dict[str, float]:
     Raises BenchmarkError where there are no native ops.
     """
     lib, program = library(), engine.runner._forward
-    if lib is None:
+    if lib is None or backend.kernels() != "native":
         raise BenchmarkError("a step has no ops to time one by one where there are no native kernels")
     names, calls, one = op_names(program), program._calls, ctypes.c_int64(1)
     ops, others = defaultdict[str, float](float), defaultdict[str, float](float)

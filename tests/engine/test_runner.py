@@ -124,6 +124,18 @@ def test_padded_replays_on_copied_inputs_are_as_good_as_whole_passes(
         torch.testing.assert_close(a_cache, b_cache)  # also where nobody was to write
 
 
+def test_a_gpu_is_warmed_up_with_many_sizes(
+    tiny_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warm = make(tiny_checkpoint("smollm2"), use_graphs=True)
+    sizes = watched(warm, monkeypatch)
+    monkeypatch.setattr(runner, "device", lambda: torch.device("cuda"))  # of the runner alone: nothing is there
+    warm.warm_up(20)
+    lens = [size[0] for size in sizes if isinstance(size, tuple)]
+    assert lens == [1, 2, 2, 3, 4, 5, 8, 9, 16, 17, 20, 1]
+    assert warm._graphs is not None and warm._graphs._sizes == [1, 2, 4, 6]
+
+
 def test_inputs_are_copied_as_far_as_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch, "host_and_device", two_memories)
     inputs = StepInputs(7, 5, 3)
