@@ -5,6 +5,7 @@
 #   docker build -t octavo --build-arg DEVICE=cuda .                CUDA build of torch
 #   docker run --read-only --tmpfs /tmp -p 8000:8000 -v "$PWD/my-model:/models/my-model:ro" octavo /models/my-model
 #
+# With CUDA add --gpus all, and mount /tmp as --tmpfs /tmp:exec: there Triton puts the launchers that it compiles.
 # Several GPUs: NCCL exchanges data over shared memory and Docker's 64 MB are too few; add --shm-size=1g or --ipc=host.
 
 ARG BASE=python:3.11-slim

@@ -136,7 +136,7 @@ def measure_admission(num_waiting: int) -> dict[str, Any]:
 
 def measure_attention(config: ModelConfig, batch_sizes: Sequence[int], context_lens: Sequence[int]) -> Rows:
     """Microseconds of one layer's attention in a decode step, at each batch size and context."""
-    dtype = choose_dtype("auto")
+    dtype = choose_dtype("auto", config.dtype)
     num_blocks = max(batch_sizes) * -(-max(context_lens) // BLOCK_SIZE)
     cache = torch.empty(kv_block_shape(config, num_blocks, BLOCK_SIZE), dtype=dtype).uniform_(-1, 1)
     order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(0)).int()

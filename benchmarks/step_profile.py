@@ -24,6 +24,7 @@ from unittest.mock import patch
 from octavo.benchmarks import serving
 from octavo.benchmarks.offline import DTYPES, make_requests, measure_machine
 from octavo.benchmarks.serving import BenchmarkError
+from octavo.kernels import backend
 from octavo.kernels.cpu.library import library
 from octavo.kernels.program import Program
 from octavo.models.config import ConfigError, ModelConfig, read_config
@@ -45,7 +46,8 @@ def decode_engine(model: str, prompt_lens: Sequence[int], output_len: int, max_m
     """
     block_size = EngineConfig().block_size
     num_blocks = sum(-(-(prompt_len + output_len) // block_size) for prompt_len in prompt_lens)
-    block_bytes = kv_block_bytes(read_config(Path(model)), block_size, choose_dtype("auto"))
+    config = read_config(Path(model))
+    block_bytes = kv_block_bytes(config, block_size, choose_dtype("auto", config.dtype))
     return Engine(
         EngineConfig(
             model=model,
@@ -107,12 +109,12 @@ def profile_step(engine: Engine) -> dict[str, float]:
     Raises BenchmarkError where there are no native ops.
     """
     lib, program = library(), engine.runner._forward
-    if lib is None:
+    if lib is None or backend.kernels() != "native":
         raise BenchmarkError("a step has no ops to time one by one where there are no native kernels")
     names, calls, one = op_names(program), program._calls, ctypes.c_int64(1)
     ops, others = defaultdict[str, float](float), defaultdict[str, float](float)
 
-    def run_ops(num_rows: int) -> None:
+    def run_ops(num_rows: int, *_: int) -> None:
         rows = ctypes.c_int64(num_rows)
         for name, call in zip(names, calls, strict=True):
             at = ctypes.byref(call)
@@ -192,7 +194,8 @@ def report(result: Mapping[str, Any]) -> str:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Prints the bandwidth, then a table per batch size. Raises BenchmarkError, ConfigError and StartupError."""
     config = read_config(Path(args.model))
-    bandwidth = measure_machine(choose_dtype("auto")).bandwidth  # first: the engine leaves torch a single thread
+    dtype = choose_dtype("auto", config.dtype)
+    bandwidth = measure_machine(dtype).bandwidth  # first: the engine leaves torch a single thread
     output_len = 2 * args.num_steps + 2
     prompt_lens = [args.context_len] * max(args.batch_size)
     engine = decode_engine(args.model, prompt_lens, output_len, args.context_len + output_len)

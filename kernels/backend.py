@@ -15,6 +15,7 @@ Kernels = Literal["native", "triton", "torch"]  # C++ on a CPU, Triton on a GPU,
 
 _kernels: Kernels | None = None
 _device = torch.device("cpu")
+_exact = True
 
 
 def kernels() -> Kernels:
@@ -30,12 +31,17 @@ def device() -> torch.device:
     return _device
 
 
-def select(name: str, device: torch.device | str = "cpu") -> None:
+def exact() -> bool:
+    """Whether a row's bits must not depend on its batch. If not, Triton's matrix products give way to the vendor's."""
+    return _exact
+
+
+def select(name: str, device: torch.device | str = "cpu", exact: bool = True) -> None:
     """Choose the kernels. Triton's on the CPU are compiled as for a GPU, and what the compiler emits is executed.
 
     Raises ValueError where these kernels are not to be had here.
     """
-    global _kernels, _device
+    global _kernels, _device, _exact
     where = torch.device(device)
     if name not in get_args(Kernels):
         raise ValueError(f"OCTAVO_KERNELS is {name!r}, expected one of {', '.join(get_args(Kernels))}")
@@ -51,7 +57,7 @@ def select(name: str, device: torch.device | str = "cpu") -> None:
                 "OCTAVO_KERNELS is 'triton' without a GPU: put the folder tests/ of the repository on PYTHONPATH"
             ) from None
         gpu_without_gpu.install()
-    _kernels, _device = name, where  # type: ignore[assignment]
+    _kernels, _device, _exact = name, where, exact  # type: ignore[assignment]
 
 
 def description() -> str:

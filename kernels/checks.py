@@ -4,7 +4,14 @@ from collections.abc import Sequence
 
 import torch
 
+from octavo.kernels import backend
+
 COMPUTE_DTYPES = (torch.bfloat16, torch.float32)
+
+
+def compute_dtypes() -> tuple[torch.dtype, ...]:
+    """What weights and activations may be: float16 as well where the kernels are Triton's."""
+    return (*COMPUTE_DTYPES, torch.float16) if backend.kernels() == "triton" else COMPUTE_DTYPES
 
 
 def check(
@@ -15,7 +22,7 @@ def check(
     *,
     contiguous: bool = True,
 ) -> None:
-    """Raise ValueError unless `tensor` has the dtype and the shape (None: any size), lies on the CPU, and is dense.
+    """Raise ValueError unless `tensor` has the dtype and the shape (None: any size), is where the ops work, and dense.
 
     With `contiguous=False` only the last dimension must be dense.
     """
@@ -27,8 +34,8 @@ def check(
     ):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{name}: shape is {tuple(tensor.shape)}, expected ({wanted})")
-    if tensor.device.type != "cpu":
-        raise ValueError(f"{name}: device is {tensor.device}, expected cpu")
+    if tensor.device.type != backend.device().type:
+        raise ValueError(f"{name}: device is {tensor.device}, expected {backend.device()}")
     if not (tensor.is_contiguous() if contiguous else tensor.stride(-1) == 1 or tensor.shape[-1] <= 1):
         raise ValueError(f"{name}: strides are {tensor.stride()}, expected {'all' if contiguous else 'the last'} dense")
 
@@ -36,6 +43,6 @@ def check(
 def output(out: torch.Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """`out`, checked, or a new tensor where it is None."""
     if out is None:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device=backend.device())
     check(out, "out", shape, dtype)
     return out

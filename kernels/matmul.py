@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from octavo.kernels import reference
-from octavo.kernels.backend import kernels
-from octavo.kernels.checks import COMPUTE_DTYPES, check, output
+from octavo.kernels.activation_mul import silu_mul
+from octavo.kernels.backend import device, exact, kernels
+from octavo.kernels.checks import COMPUTE_DTYPES, check, compute_dtypes, output
 from octavo.kernels.cpu.library import Args, address, launch
 
 PANEL = 16  # output columns that are stored together
@@ -42,11 +43,12 @@ class PackedWeight:
 
     @property
     def dtype(self) -> torch.dtype:
-        """bfloat16 or float32."""
+        """bfloat16 or float32; with Triton's kernels float16, too."""
         return self.data.dtype
 
     def write_rows(self, begin: int, weight: Tensor) -> None:
-        """Place `weight` [rows, k] at rows [begin, begin + rows) of one part, converting to this dtype."""
+        """Place `weight` [rows, k], of any device, at rows [begin, begin + rows) of one part, in this dtype."""
+        weight = weight.to(self.data.device)
         check(weight, "weight", (None, self.k), (*COMPUTE_DTYPES, torch.float16), contiguous=False)
         rows, part_size = weight.shape[0], self.n // self.num_parts
         part, row_begin = divmod(begin, part_size)
@@ -80,13 +82,14 @@ def empty_packed(n: int, k: int, dtype: torch.dtype, num_parts: int = 1) -> Pack
 
     Raises ValueError for an odd k in bfloat16, and for several parts that are not whole panels.
     """
-    if dtype not in COMPUTE_DTYPES:
-        raise ValueError(f"dtype: is {dtype}, expected bfloat16 or float32")
+    if dtype not in compute_dtypes():
+        raise ValueError(f"dtype: is {dtype}, expected {' or '.join(map(str, compute_dtypes()))}")
     if k % 2 and dtype == torch.bfloat16:
         raise ValueError(f"k: is {k}, expected an even number in bfloat16")
     if num_parts > 1 and n % (num_parts * PANEL):
         raise ValueError(f"n: is {n}, expected a multiple of {num_parts} parts of {PANEL}")
-    return PackedWeight(torch.zeros(packed_bytes(n, k, dtype) // dtype.itemsize, dtype=dtype), n, k, num_parts)
+    data = torch.zeros(packed_bytes(n, k, dtype) // dtype.itemsize, dtype=dtype, device=device())
+    return PackedWeight(data, n, k, num_parts)
 
 
 class _Args(Args):
@@ -132,6 +135,8 @@ def matmul(
     out = output(out, (m, weight.n), out_dtype)
     if kernels() == "torch":
         return out.copy_(reference.matmul(x, weight.data.view(-1, weight.k), bias, residual, out_dtype))
+    if kernels() == "triton" and not exact():
+        return _vendor_matmul(x, weight, bias, residual, out)
     _launch(x, weight, bias, residual, out)
     return out
 
@@ -150,11 +155,34 @@ def gated_matmul(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, ou
     out = output(out, (x.shape[0], weight.n // 2), x.dtype)
     if kernels() == "torch":
         return out.copy_(reference.gated_matmul(x, weight.data.view(-1, weight.k), bias))
+    if kernels() == "triton" and not exact():
+        both = torch.empty((x.shape[0], weight.n), dtype=x.dtype, device=x.device)
+        return silu_mul(_vendor_matmul(x, weight, bias, None, both), out)
     _launch(x, weight, bias, None, out)
     return out
 
 
+def _vendor_matmul(
+    x: Tensor, weight: PackedWeight, bias: Tensor | None, residual: Tensor | None, out: Tensor
+) -> Tensor:
+    """By the vendor's library, in its own order, rounded to x's dtype before anything is added."""
+    plain = weight.data.view(-1, weight.k).T
+    if residual is not None and residual.dtype == x.dtype:
+        torch.addmm(residual, x, plain, out=out)
+    elif residual is None and out.dtype == x.dtype:
+        torch.mm(x, plain, out=out)
+    else:
+        products = x @ plain
+        torch.add(products, 0 if residual is None else residual, out=out)
+    return out if bias is None else out.add_(bias)
+
+
 def _launch(x: Tensor, weight: PackedWeight, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> None:
+    if kernels() == "triton":
+        from octavo.kernels.gpu import matmul as gpu  # here, since importing Triton takes its time
+
+        gpu.launch(x, weight.data.view(-1, weight.k), bias, residual, out, gated=weight.num_parts == 2)
+        return
     args = _Args(
         x.shape[0],
         address(x),

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from octavo.kernels import reference
 from octavo.kernels.backend import kernels
-from octavo.kernels.checks import COMPUTE_DTYPES, check, output
+from octavo.kernels.checks import check, compute_dtypes, output
 from octavo.kernels.cpu.library import Args, address, launch
+from octavo.kernels.rotary_kv_write import check_cache
 
 BLOCK_SIZES = (16, 32, 64)
 MAX_HEAD_SIZE = 256
@@ -45,6 +46,12 @@ def paged_attention(
     scale: float,
     window: int = 0,
     out: Tensor | None = None,
+    *,
+    kv_scales: Tensor | None = None,
+    soft_cap: float = 0.0,
+    lse: Tensor | None = None,
+    max_query_len: int | None = None,
+    max_context_len: int | None = None,
 ) -> Tensor:
     """softmax(q k^T * scale) v over each sequence's cached tokens, causal; a query's bits depend on its sequence alone.
 
@@ -55,10 +62,19 @@ def paged_attention(
     before it, 0 for all. Returns [tokens, num_heads * head_size], in `out` if given. Block ids and lengths are not
     checked against their ranges. Raises ValueError on a wrong argument. Online softmax: Milakov and Gimelshein, arXiv
     1805.02867.
+
+    Of Triton's kernels and plain torch alone: a cache of int8 or float8_e4m3fn with `kv_scales`, as
+    `rotary_kv_write` leaves them; soft_cap: scores become soft_cap * tanh(score / soft_cap), 0 for off; lse: [tokens,
+    num_heads] float32, is filled with the natural logarithm of each softmax's denominator. Sequences without new tokens
+    may be among the others, and tokens past token_begins' last are left alone.
+
+    max_query_len and max_context_len bound the new and the cached tokens of any sequence; by default the tokens of the
+    call and the width of the tables do. Triton's kernels derive their launch from these and the shapes, never from
+    what the tensors hold, and keep float32 partial results where few programs share long contexts.
     """
-    check(kv_cache, "kv_cache", (None, 2, None, None, None), COMPUTE_DTYPES)
+    check_cache(kv_cache, kv_scales)
     _, _, num_kv_heads, block_size, head_size = kv_cache.shape
-    check(qkv, "qkv", (None, None), kv_cache.dtype)
+    check(qkv, "qkv", (None, None), compute_dtypes() if kv_scales is not None else kv_cache.dtype)
     check(block_tables, "block_tables", (None, None), torch.int32)
     sequences = block_tables.shape[0]
     check(token_begins, "token_begins", (sequences + 1,), torch.int32)
@@ -71,9 +87,47 @@ def paged_attention(
         raise ValueError(f"num_heads: is {num_heads}, with {num_kv_heads} KV heads and a width of {qkv.shape[1]}")
     tokens = qkv.shape[0]
     out = output(out, (tokens, num_heads * head_size), qkv.dtype)
+    if lse is not None:
+        check(lse, "lse", (tokens, num_heads), torch.float32)
+    if not soft_cap >= 0:
+        raise ValueError(f"soft_cap: is {soft_cap}, expected a positive number, or 0 for off")
+    if kernels() == "native" and (soft_cap or lse is not None):
+        raise ValueError("soft_cap and lse: the native kernels have neither")
+    if kernels() == "triton":
+        from octavo.kernels.gpu import paged_attention as gpu
+
+        gpu.launch(
+            out,
+            lse,
+            qkv,
+            kv_cache,
+            kv_scales,
+            block_tables,
+            token_begins,
+            context_lens,
+            num_heads,
+            scale,
+            window,
+            soft_cap,
+            tokens if max_query_len is None else max_query_len,
+            block_tables.shape[1] * block_size if max_context_len is None else max_context_len,
+        )
+        return out
     if kernels() == "torch":
         return out.copy_(
-            reference.paged_attention(qkv, kv_cache, block_tables, token_begins, context_lens, num_heads, scale, window)
+            reference.paged_attention(
+                qkv,
+                kv_cache,
+                block_tables,
+                token_begins,
+                context_lens,
+                num_heads,
+                scale,
+                window,
+                kv_scales=kv_scales,
+                soft_cap=soft_cap,
+                lse=lse,
+            )
         )
     args = _Args(
         tokens,

@@ -25,8 +25,10 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
     return out.to(out_dtype)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; x is first added to the residual, if given."""
+    if residual is not None:
+        x = residual.copy_(residual.float() + x.float())
     wide = x.float()
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
@@ -35,6 +37,33 @@ def gated_matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """silu(gate) * up of the halves of x @ weight.T + bias. x: [m, k], weight: [n, k]; returns [m, n / 2]."""
     gate, up = matmul(x, weight, bias, None, torch.float32).chunk(2, dim=-1)
     return (torch.nn.functional.silu(gate) * up).to(x.dtype)
+
+
+def silu_mul(x: Tensor) -> Tensor:
+    """silu(gate) * up of the halves of x."""
+    gate, up = x.float().chunk(2, dim=-1)
+    return (torch.nn.functional.silu(gate) * up).to(x.dtype)
+
+
+def gelu_mul(x: Tensor) -> Tensor:
+    """gelu(gate) * up of the halves of x, GELU by its tanh approximation."""
+    gate, up = x.float().chunk(2, dim=-1)
+    return (torch.nn.functional.gelu(gate, approximate="tanh") * up).to(x.dtype)
+
+
+def embedding(token_ids: Tensor, weight: Tensor, first_id: int = 0) -> Tensor:
+    """Rows of the weight [n, k], zeros for ids outside [first_id, first_id + n)."""
+    rows = token_ids.long() - first_id
+    inside = (rows >= 0) & (rows < weight.shape[0])
+    return weight[rows.where(inside, 0)] * inside[:, None]
+
+
+def sum_ranks(parts: Tensor) -> Tensor:
+    """The sum of what ranks hold, from rank 0 upwards in float32, rounded once. parts: [ranks, size]."""
+    total = parts[0].float()
+    for part in parts[1:]:
+        total = total + part.float()
+    return total.to(parts.dtype)
 
 
 def rotary(x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
@@ -72,16 +101,38 @@ def values(kv_cache: Tensor, blocks: Tensor) -> Tensor:
     return tiles(kv_cache)[1][blocks].permute(0, 1, 2, 4, 3).flatten(2, 3)
 
 
+QUANTISED_MAX = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # the greatest value a quantised cache stores
+
+
+def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x / scale in `dtype`, to nearest even and saturated, and scale = absmax / greatest value of each row, float32."""
+    scale = x.float().abs().amax(-1, keepdim=True) / QUANTISED_MAX[dtype]
+    stored = torch.where(scale == 0, 0.0, x.float() / scale).clamp(-QUANTISED_MAX[dtype], QUANTISED_MAX[dtype])
+    return (stored.round() if dtype == torch.int8 else stored).to(dtype), scale.squeeze(-1)
+
+
 def rotary_kv_write(
-    qkv: Tensor, cos_sin: Tensor, positions: Tensor, slots: Tensor, kv_cache: Tensor, num_heads: int
+    qkv: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    kv_cache: Tensor,
+    num_heads: int,
+    kv_scales: Tensor | None = None,
 ) -> None:
-    """Rotate queries and keys in place, write keys and values to their slots."""
+    """Rotate queries and keys in place, write keys and values to their slots; negative ones are nobody's."""
     _, _, num_kv_heads, block_size, head_size = kv_cache.shape
-    heads = qkv.view(qkv.shape[0], -1, head_size)
+    rows = (slots >= 0).nonzero().squeeze(1)
+    slots = slots[rows]
+    heads = qkv[rows].unflatten(1, (-1, head_size))
     rotated = heads[:, : num_heads + num_kv_heads]
-    rotated.copy_(rotary(rotated, cos_sin, positions))
+    rotated.copy_(rotary(rotated, cos_sin, positions[rows]))
+    qkv[rows] = heads.flatten(1)
     _, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)  # [tokens, num_kv_heads, head_size]
     blocks, offsets = slots // block_size, slots % block_size
+    if kv_scales is not None:
+        k, kv_scales[blocks, 0, :, offsets] = quantise(k, kv_cache.dtype)
+        v, kv_scales[blocks, 1, :, offsets] = quantise(v, kv_cache.dtype)
     k_tiles, v_tiles = tiles(kv_cache)
     step = k_tiles.shape[-1]
     k_tiles[blocks, :, :, offsets] = k.unflatten(2, (-1, step))
@@ -98,20 +149,30 @@ def paged_attention(
     scale: float,
     window: int,
     compute_dtype: torch.dtype = torch.float32,
+    kv_scales: Tensor | None = None,
+    soft_cap: float = 0.0,
+    lse: Tensor | None = None,
 ) -> Tensor:
     """Causal attention over paged KV, one sequence at a time. Returns [tokens, num_heads * head_size]."""
     _, _, num_kv_heads, block_size, head_size = kv_cache.shape
-    out = torch.empty((qkv.shape[0], num_heads, head_size), dtype=qkv.dtype)
+    out = torch.empty((qkv.shape[0], num_heads, head_size), dtype=qkv.dtype, device=qkv.device)
     for s, length in enumerate(context_lens.tolist()):
         begin, end = int(token_begins[s]), int(token_begins[s + 1])
         blocks = block_tables[s, : -(-length // block_size)].long()
-        plain = (part(kv_cache, blocks).transpose(0, 1).flatten(1, 2)[:, :length] for part in (keys, values))
-        k, v = (part.to(compute_dtype) for part in plain)  # [num_kv_heads, length, head_size]
+        k, v = keys(kv_cache, blocks).to(compute_dtype), values(kv_cache, blocks).to(compute_dtype)
+        if kv_scales is not None:
+            k, v = (x * kv_scales[blocks, i].to(compute_dtype).unsqueeze(3) for i, x in enumerate((k, v)))
+        k, v = (x.transpose(0, 1).flatten(1, 2)[:, :length] for x in (k, v))  # [num_kv_heads, length, head_size]
         q = qkv[begin:end, : num_heads * head_size].view(-1, num_kv_heads, num_heads // num_kv_heads, head_size)
         scores = torch.einsum("tngd,nkd->tngk", q.to(compute_dtype), k) * scale
+        if soft_cap:
+            scores = soft_cap * torch.tanh(scores / soft_cap)
         age = torch.arange(length - (end - begin), length)[:, None] - torch.arange(length)[None, :]
         visible = (age >= 0) & (age < window if window else torch.ones_like(age, dtype=torch.bool))
-        weights = scores.masked_fill(~visible[:, None, None, :], float("-inf")).softmax(dim=-1)
+        scores = scores.masked_fill(~visible[:, None, None, :].to(qkv.device), float("-inf"))
+        if lse is not None:
+            lse[begin:end] = scores.logsumexp(dim=-1).flatten(1)
+        weights = scores.softmax(dim=-1)
         out[begin:end] = torch.einsum("tngk,nkd->tngd", weights, v).reshape(-1, num_heads, head_size).to(out.dtype)
     return out.flatten(1)
 

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from octavo.kernels import reference
-from octavo.kernels.backend import kernels
-from octavo.kernels.checks import COMPUTE_DTYPES, check
+from octavo.kernels.backend import device, kernels
+from octavo.kernels.checks import check, compute_dtypes
 from octavo.kernels.cpu.library import Args, address, launch
+
+QUANTISED = (torch.int8, torch.float8_e4m3fn)
 
 
 class _Args(Args):
@@ -29,8 +31,32 @@ class _Args(Args):
     ]
 
 
+def check_cache(kv_cache: Tensor, kv_scales: Tensor | None) -> None:
+    """Raise ValueError unless this is a layer's cache that the kernels in use can read, scales included."""
+    dtypes = compute_dtypes() if kernels() == "native" else (*compute_dtypes(), *QUANTISED)
+    check(kv_cache, "kv_cache", (None, 2, None, None, None), dtypes)
+    if (kv_cache.dtype in QUANTISED) != (kv_scales is not None):
+        raise ValueError(
+            f"kv_scales: {'missing' if kv_scales is None else 'given'}, with a cache of {kv_cache.dtype}; "
+            f"expected with {' and '.join(map(str, QUANTISED))} alone"
+        )
+    if kv_scales is not None:
+        check(kv_scales, "kv_scales", kv_cache.shape[:4], torch.float32)
+    if kv_cache.dtype == torch.float8_e4m3fn and kernels() == "triton":
+        from octavo.kernels.gpu.device import has_float8
+
+        if not has_float8(device()):
+            raise ValueError("kv_cache: dtype is torch.float8_e4m3fn, which this chip lacks; use torch.int8")
+
+
 def rotary_kv_write(
-    qkv: Tensor, cos_sin: Tensor, positions: Tensor, slots: Tensor, kv_cache: Tensor, num_heads: int
+    qkv: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    kv_cache: Tensor,
+    num_heads: int,
+    kv_scales: Tensor | None = None,
 ) -> None:
     """Rotate queries and keys; write keys and values to their slots.
 
@@ -40,18 +66,28 @@ def rotary_kv_write(
     head_size], dtype of qkv, inside a tile in the order of `reference.tiles`. Positions and slots are not checked
     against their ranges. Raises ValueError on a wrong argument.
     Su et al., arXiv 2104.09864; the halves of a head are rotated, as Llama checkpoints expect.
+
+    Of Triton's kernels and plain torch alone: a negative slot, whose row is padding and is left alone; and a cache of
+    int8 or float8_e4m3fn, whose kv_scales [num_blocks, 2, num_kv_heads, block_size] float32 get what the stored row of
+    a head is to be multiplied with: its greatest magnitude / 127, or / 448.
     """
-    check(kv_cache, "kv_cache", (None, 2, None, None, None), COMPUTE_DTYPES)
+    check_cache(kv_cache, kv_scales)
     _, _, num_kv_heads, block_size, head_size = kv_cache.shape
     tokens = qkv.shape[0]
-    check(qkv, "qkv", (None, (num_heads + 2 * num_kv_heads) * head_size), kv_cache.dtype)
+    width = (num_heads + 2 * num_kv_heads) * head_size
+    check(qkv, "qkv", (None, width), compute_dtypes() if kv_scales is not None else kv_cache.dtype)
     check(cos_sin, "cos_sin", (None, None), torch.float32)
     check(positions, "positions", (tokens,), torch.int32)
     check(slots, "slots", (tokens,), torch.int64)
     if cos_sin.shape[1] > head_size or cos_sin.shape[1] % 2:
         raise ValueError(f"cos_sin: rotary size is {cos_sin.shape[1]}, expected even and at most {head_size}")
+    if kernels() == "triton":
+        from octavo.kernels.gpu import rotary_kv_write as gpu
+
+        gpu.launch(qkv, cos_sin, positions, slots, kv_cache, num_heads, kv_scales)
+        return
     if kernels() == "torch":
-        reference.rotary_kv_write(qkv, cos_sin, positions, slots, kv_cache, num_heads)
+        reference.rotary_kv_write(qkv, cos_sin, positions, slots, kv_cache, num_heads, kv_scales)
         return
     args = _Args(
         tokens,

@@ -1,10 +1,12 @@
 """What one forward pass computes and where, passed to the model as an argument."""
 
+import math
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
+from octavo.kernels.backend import device
 from octavo.models.config import ModelConfig
 
 
@@ -14,35 +16,92 @@ class ForwardBatch:
 
     token_ids: Tensor  # [tokens] int32
     positions: Tensor  # [tokens] int32
-    slots: Tensor  # [tokens] int64: block * block_size + offset, where the token's KV goes
+    slots: Tensor  # [tokens] int64: block * block_size + offset, where the token's KV goes; negative: nowhere
     token_begins: Tensor  # [sequences + 1] int32
     context_lens: Tensor  # [sequences] int32: tokens in the cache after this step
     block_tables: Tensor  # [sequences, max_blocks] int32
+    max_query_len: int  # at least the tokens of any sequence, so that nothing need ask the device
+    max_context_len: int  # at least any of context_lens
 
-    @classmethod
-    def empty(cls, max_tokens: int, max_sequences: int, max_blocks: int) -> "ForwardBatch":
-        """Room for the largest step: one sequence of all tokens, at first."""
-        zeros, int32 = torch.zeros, torch.int32
-        return cls(
-            token_ids=zeros(max_tokens, dtype=int32),
-            positions=zeros(max_tokens, dtype=int32),
-            slots=zeros(max_tokens, dtype=torch.int64),
-            token_begins=torch.tensor([0] + max_sequences * [max_tokens], dtype=int32),
-            context_lens=torch.full((max_sequences,), max_tokens, dtype=int32),
-            block_tables=zeros((max_sequences, max_blocks), dtype=int32),
-        )
 
-    def first(self, num_tokens: int) -> "ForwardBatch":
-        """The same memory, cut to the sequences that have the first `num_tokens` tokens."""
-        sequences = int((self.token_begins == num_tokens).nonzero()[0])
+class StepInputs:
+    """A step's inputs, written on the host and copied to the device at once; on a CPU there is one memory for both.
+
+    Attributes:
+        host: the arrays to write to: those of a `ForwardBatch`; `sampled`, [sequences] int64, which tokens' hidden
+            states are followed by a token that is to be sampled; and, where device and host are two, `places`,
+            [tokens] int64, where each token belongs among the tokens of all slots.
+    """
+
+    def __init__(self, max_tokens: int, max_sequences: int, max_blocks: int) -> None:
+        int32, int64 = torch.int32, torch.int64
+        layout = {
+            "slots": (int64, (max_tokens,)),
+            "places": (int64, (max_tokens,)),
+            "sampled": (int64, (max_sequences,)),
+            "token_ids": (int32, (max_tokens,)),
+            "positions": (int32, (max_tokens,)),
+            "token_begins": (int32, (max_sequences + 1,)),
+            "context_lens": (int32, (max_sequences,)),
+            "block_tables": (int32, (max_sequences, max_blocks)),  # last: of these only the rows in use are copied
+        }
+        # Parts begin at multiples of 16 bytes, as separate tensors would.
+        sizes = [-(-math.prod(shape) * dtype.itemsize // 16) * 16 for dtype, shape in layout.values()]
+        self._tables_begin, self._table_bytes = sum(sizes[:-1]), 4 * max_blocks
+        self._host_bytes, self._device_bytes = host_and_device(sum(sizes))
+
+        def parts(memory: Tensor) -> dict[str, Tensor]:
+            return {
+                name: part[: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+                for part, (name, (dtype, shape)) in zip(memory.split(sizes), layout.items(), strict=True)
+            }
+
+        self.host = {name: part.numpy() for name, part in parts(self._host_bytes).items()}
+        self._device = parts(self._device_bytes)
+
+    def pad_decodes(self, num_sequences: int, size: int) -> None:
+        """Write sequences of one token that goes nowhere and sees one token of block 0, until there are `size`."""
+        host, rows = self.host, slice(num_sequences, size)
+        host["slots"][rows] = -1
+        host["token_ids"][rows] = host["positions"][rows] = 0
+        host["token_begins"][num_sequences : size + 1] = range(num_sequences, size + 1)
+        host["context_lens"][rows] = 1
+        host["block_tables"][rows, 0] = 0
+
+    def copy_to_device(self, num_sequences: int) -> None:
+        """Returns before the copy is done: what is written on the host before the device got there may be copied."""
+        if self._device_bytes is not self._host_bytes:
+            used = slice(self._tables_begin + num_sequences * self._table_bytes)
+            self._device_bytes[used].copy_(self._host_bytes[used], non_blocking=True)
+
+    def part(self, name: str, count: int) -> Tensor:
+        """The first `count` of one part, on the device."""
+        return self._device[name][:count]
+
+    def batch(self, num_tokens: int, num_sequences: int, max_query_len: int, max_context_len: int) -> ForwardBatch:
+        """The first tokens and sequences, on the device."""
+        parts = self._device
         return ForwardBatch(
-            token_ids=self.token_ids[:num_tokens],
-            positions=self.positions[:num_tokens],
-            slots=self.slots[:num_tokens],
-            token_begins=self.token_begins[: sequences + 1],
-            context_lens=self.context_lens[:sequences],
-            block_tables=self.block_tables[:sequences],
+            token_ids=parts["token_ids"][:num_tokens],
+            positions=parts["positions"][:num_tokens],
+            slots=parts["slots"][:num_tokens],
+            token_begins=parts["token_begins"][: num_sequences + 1],
+            context_lens=parts["context_lens"][:num_sequences],
+            block_tables=parts["block_tables"][:num_sequences],
+            max_query_len=max_query_len,
+            max_context_len=max_context_len,
         )
+
+
+def host_and_device(num_bytes: int) -> tuple[Tensor, Tensor]:
+    """Bytes of zeros on the host, from where copies need not wait, and on the device. On a CPU they are one."""
+    if device().type == "cpu":
+        host = torch.zeros(num_bytes, dtype=torch.uint8)
+        return host, host
+    return (
+        torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True),
+        torch.zeros(num_bytes, dtype=torch.uint8, device=device()),
+    )
 
 
 @dataclass(slots=True)
@@ -58,7 +117,9 @@ class Activations:
     @classmethod
     def empty(cls, config: ModelConfig, max_tokens: int, dtype: torch.dtype) -> "Activations":
         """Buffers for steps of up to `max_tokens` tokens."""
-        return cls(*(torch.empty((max_tokens, width), dtype=dtype) for width in activation_widths(config)))
+        return cls(
+            *(torch.empty((max_tokens, width), dtype=dtype, device=device()) for width in activation_widths(config))
+        )
 
     def first(self, num_tokens: int) -> "Activations":
         """The same memory, cut to the first `num_tokens` tokens."""

@@ -1,6 +1,7 @@
 """The one reader of a checkpoint's config.json: read as data, checked, turned into a `ModelConfig`."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
-    """Rotary embedding. `kind` is default, linear or llama3; the rest as the checkpoint names it."""
+    """Rotary embedding. `kind` is default, linear, llama3 or yarn; the rest as the checkpoint names it."""
 
     theta: float
     kind: str = "default"
@@ -21,6 +22,10 @@ class RopeConfig:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0  # multiplies cosines and sines
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,14 +202,36 @@ def _rope(raw: Mapping[str, Any]) -> RopeConfig:
     if not isinstance(parameters, dict) or not isinstance(scaling, dict):
         raise ConfigError("rope_parameters: expected an object")
     theta = _number(parameters if "rope_theta" in parameters else raw, "rope_theta", 10000.0)
+    scaling = {key: value for key, value in scaling.items() if value is not None}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind not in ("default", "linear", "llama3"):
-        raise ConfigError(f"rope type {kind!r} is not supported; supported: default, linear, llama3")
+    if kind not in ("default", "linear", "llama3", "yarn"):
+        raise ConfigError(f"rope type {kind!r} is not supported; supported: default, linear, llama3, yarn")
+    if kind == "yarn" and theta <= 1:
+        raise ConfigError(f"rope_theta is {theta}, expected more than 1 with rope type yarn")
+    max_position = _size(raw, "max_position_embeddings", 2048)
+    original = _size(scaling, "original_max_position_embeddings", max_position if kind == "yarn" else 8192)
+    factor = _number(scaling, "factor", max_position / original if kind == "yarn" else 1.0)
     return RopeConfig(
         theta=theta,
         kind=kind,
-        factor=_number(scaling, "factor", 1.0),
+        factor=factor,
         low_freq_factor=_number(scaling, "low_freq_factor", 1.0),
         high_freq_factor=_number(scaling, "high_freq_factor", 4.0),
-        original_max_position=_size(scaling, "original_max_position_embeddings", 8192),
+        original_max_position=original,
+        beta_fast=_number(scaling, "beta_fast", 32.0),
+        beta_slow=_number(scaling, "beta_slow", 1.0),
+        truncate="truncate" not in scaling or _flag(scaling, "truncate"),
+        attention_factor=_yarn_attention_factor(scaling, factor) if kind == "yarn" else 1.0,
     )
+
+
+def _yarn_attention_factor(scaling: Mapping[str, Any], factor: float) -> float:
+    """What the file says, else 0.1 ln(factor) + 1, or the quotient of two of these where it weighs the logarithm."""
+
+    def mscale(weight: float) -> float:
+        return 0.1 * weight * math.log(max(factor, 1.0)) + 1.0
+
+    default = mscale(1.0)
+    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+        default = mscale(_number(scaling, "mscale", 1.0)) / mscale(_number(scaling, "mscale_all_dim", 1.0))
+    return _number(scaling, "attention_factor", default)

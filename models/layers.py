@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from octavo.kernels.backend import device
 from octavo.kernels.embedding import embedding
 from octavo.kernels.matmul import PackedWeight, empty_packed, gated_matmul, matmul
 from octavo.kernels.paged_attention import paged_attention
@@ -40,7 +41,7 @@ class Linear:
         self.parts = parts
         n = sum(parts.values())
         self.weight = empty_packed(n, k, dtype, num_parts=2 if gated else 1)
-        self.bias = torch.zeros(n, dtype=torch.float32) if bias else None
+        self.bias = torch.zeros(n, dtype=torch.float32, device=device()) if bias else None
 
     def __call__(self, x: Tensor, out: Tensor, residual: Tensor | None = None) -> Tensor:
         """x: [rows, k]; out: [rows, n] (or n / 2), which also may be the residual that is added. Returns out."""
@@ -70,7 +71,7 @@ class Norm:
 
     def __init__(self, name: str, size: int, eps: float) -> None:
         self.name, self.eps = name, eps
-        self.weight = torch.zeros(size, dtype=torch.float32)
+        self.weight = torch.zeros(size, dtype=torch.float32, device=device())
 
     def __call__(self, x: Tensor, out: Tensor) -> Tensor:
         """x and out: [rows, size]. Returns out."""
@@ -133,6 +134,8 @@ class Attention:
             config.head_size**-0.5,
             self.window,
             a.attended,
+            max_query_len=batch.max_query_len,
+            max_context_len=batch.max_context_len,
         )
         self.output(a.attended, a.hidden, residual=a.hidden)
 
@@ -164,9 +167,11 @@ class Mlp:
 def rotary_table(rope: RopeConfig, head_size: int, max_len: int) -> Tensor:
     """cosines, then sines, of each position's angles: [max_len, head_size] float32.
 
-    Angles are float32 products, as the reference implementations compute them. The llama3 kind stretches wavelengths
-    beyond original_max_position / low_freq_factor by `factor`, keeps those under original / high_freq_factor, and
-    blends in between.
+    Angles are float32 products, as the reference implementations compute them, and computed on the CPU whatever the
+    device. The llama3 kind stretches wavelengths beyond original_max_position / low_freq_factor by `factor`, keeps
+    those under original / high_freq_factor, and blends in between. The yarn kind blends over the angles' indices, from
+    those that turn beta_fast times in original_max_position to those that turn beta_slow times (Peng et al., arXiv
+    2309.00071).
     """
     inverse = 1.0 / rope.theta ** (torch.arange(0, head_size, 2, dtype=torch.int64).float() / head_size)
     if rope.kind == "linear":
@@ -177,9 +182,22 @@ def rotary_table(rope: RopeConfig, head_size: int, max_len: int) -> Tensor:
         blend = (ratio - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
         blend = blend.clamp(0.0, 1.0)
         inverse = (1 - blend) * inverse / rope.factor + blend * inverse
+    if rope.kind == "yarn":
+        low, high = (
+            head_size * math.log(rope.original_max_position / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+            for turns in (rope.beta_fast, rope.beta_slow)
+        )
+        if rope.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, head_size - 1)
+        blend = (torch.arange(head_size // 2, dtype=torch.float32) - low) / (high - low or 0.001)
+        blend = blend.clamp(0.0, 1.0)
+        inverse = blend * inverse / rope.factor + (1 - blend) * inverse
     table = torch.empty((max_len, head_size), dtype=torch.float32)
     cos, sin = table.chunk(2, dim=1)
     torch.mul(torch.arange(max_len, dtype=torch.float32)[:, None], inverse[None, :], out=cos)
     torch.sin(cos, out=sin)
     cos.cos_()
-    return table
+    if rope.kind == "yarn":
+        table.mul_(rope.attention_factor)
+    return table.to(device())

@@ -1,7 +1,10 @@
 """Bytes before they are taken: the figures that planning prints and that allocation then uses."""
 
+from dataclasses import dataclass
+
 import torch
 
+from octavo.kernels.backend import exact, kernels
 from octavo.kernels.matmul import packed_bytes
 from octavo.models.batch import activation_widths
 from octavo.models.config import ModelConfig
@@ -47,11 +50,63 @@ def kv_block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> 
     return config.num_layers * 2 * config.num_kv_heads * block_size * config.head_size * dtype.itemsize
 
 
-def workspace_bytes(config: ModelConfig, num_tokens: int, dtype: torch.dtype) -> int:
-    """Bytes of the activations of a step of `num_tokens` tokens, and of its logits."""
-    return num_tokens * sum(activation_widths(config)) * dtype.itemsize + 4 * LOGITS_ROWS * config.vocab_size
+def workspace_bytes(config: ModelConfig, num_tokens: int, max_len: int, dtype: torch.dtype) -> int:
+    """Bytes of the activations of a step of `num_tokens` tokens, of its logits, and of what kernels allocate."""
+    num_bytes = num_tokens * sum(activation_widths(config)) * dtype.itemsize + 4 * LOGITS_ROWS * config.vocab_size
+    if kernels() == "triton":
+        # Here, since importing Triton takes its time.
+        from octavo.kernels.gpu.paged_attention import partial_bytes
+        from octavo.kernels.gpu.sample import scratch_bytes
+
+        num_bytes += scratch_bytes(LOGITS_ROWS, config.vocab_size)
+        # Twice, since graphs have a memory of their own.
+        num_bytes += 2 * partial_bytes(dtype, num_tokens, config.num_heads, config.head_size, max_len)
+    if not exact():  # a vendor's products know no gate, and round their sums before they are float32 logits
+        num_bytes += (2 * num_tokens * config.intermediate_size + LOGITS_ROWS * config.vocab_size) * dtype.itemsize
+    return num_bytes
 
 
 def state_bytes(config: ModelConfig, num_slots: int, max_len: int, block_size: int) -> int:
     """Bytes of the rotary table, and of the tokens and block tables of all slots, the latter once more for a step."""
     return 4 * max_len * config.head_size + 4 * num_slots * (max_len + 2 * -(-max_len // block_size))
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """What one rank's memory is for, in bytes."""
+
+    weight_bytes: int
+    workspace_bytes: int  # a step's activations and logits, and the state of all slots
+    reserve_bytes: int  # for what is not ours to count: a runtime, its libraries, what they allocate
+    block_bytes: int  # of one KV block
+    num_blocks: int
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the KV cache."""
+        return self.num_blocks * self.block_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of everything."""
+        return self.weight_bytes + self.workspace_bytes + self.reserve_bytes + self.kv_bytes
+
+
+def plan_memory(
+    *,
+    weight_bytes: int,
+    workspace_bytes: int,
+    reserve_bytes: int,
+    block_bytes: int,
+    min_blocks: int,
+    kv_bytes: int | None,
+    limit_bytes: int,
+) -> MemoryPlan:
+    """As many KV blocks as `kv_bytes` hold (None: what is left of the limit), but at least `min_blocks`.
+
+    The plan exceeds the limit where that cannot be held.
+    """
+    if kv_bytes is None:
+        kv_bytes = max(limit_bytes - weight_bytes - workspace_bytes - reserve_bytes, 0)
+    num_blocks = max(kv_bytes // block_bytes, min_blocks)
+    return MemoryPlan(weight_bytes, workspace_bytes, reserve_bytes, block_bytes, num_blocks)

@@ -18,7 +18,7 @@ from types import UnionType
 from typing import Any, NoReturn, get_args, get_type_hints
 
 from octavo import __version__
-from octavo.server.config import MIB, ServerConfig
+from octavo.server.config import ServerConfig
 from octavo.server.errors import StartupError
 
 BENCHMARKS = {"serve": "serving", "offline": "offline"}  # name on the command line -> module in octavo.benchmarks
@@ -29,6 +29,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "max_num_seqs": (1, inf),
     "max_num_batched_tokens": (1, inf),
     "kv_cache_memory_bytes": (1, inf),
+    "gpu_memory_utilization": (0.05, 1),
     "port": (0, 65535),
     "seed": (0, 2**64 - 1),
     "max_num_queued_reqs": (0, inf),
@@ -133,8 +134,6 @@ def _default_text(default: Any) -> str:
         return ""
     if isinstance(default, bool):
         return "on" if default else "off"
-    if isinstance(default, int) and default and default % MIB == 0:
-        return f"{default // MIB}M"
     return f"{default:g}" if isinstance(default, float) else str(default)
 
 

@@ -22,23 +22,35 @@ class EngineConfig:
     """What the engine process needs to know. Crosses to it as JSON."""
 
     model: str = field(default="", metadata={"positional": True})  # a local Hugging Face folder
+    device: str = flag(
+        "auto",
+        "where the model runs; auto: on a GPU where there is one, else on the CPU",
+        choices=("auto", "cpu", "cuda"),
+    )
     dtype: str = flag(
         "auto",
-        "compute type; auto: bfloat16 where the CPU multiplies it natively, else float32",
-        choices=("auto", "bfloat16", "float32"),
+        "compute type; auto: on a GPU the checkpoint's own, bfloat16 for float32 ones; on a CPU bfloat16 where it is "
+        "multiplied natively, else float32; float16 on a GPU alone",
+        choices=("auto", "bfloat16", "float16", "float32"),
     )
     max_model_len: int | None = flag(None, "most tokens of prompt and output together (default: the model's own limit)")
     max_num_seqs: int = flag(64, "most choices in one step")
     max_num_batched_tokens: int = flag(512, "most tokens computed in one step; longer prompts are prefilled in chunks")
     block_size: int = flag(16, "tokens per KV block", choices=(16, 32, 64))
-    kv_cache_memory_bytes: int = flag(
-        512 * MIB, "memory for the KV cache, suffixes k, m, g allowed; raised to what one full-length request needs"
+    kv_cache_memory_bytes: int | None = flag(
+        None,
+        "memory for the KV cache, suffixes k, m, g allowed; raised to what one full-length request needs (default: "
+        "512M on a CPU, what --gpu-memory-utilization leaves on a GPU)",
     )
+    gpu_memory_utilization: float = flag(
+        0.9, "share of a GPU's memory for weights, workspace and KV cache; without effect on a CPU"
+    )
+    enforce_eager: bool = flag(False, "on a GPU run decode steps kernel by kernel, without CUDA graphs")
     enable_prefix_caching: bool = flag(True, "share KV blocks between requests that begin alike")
     exactness: str = flag(
         "batch",
-        "batch: a request's bits do not depend on what runs beside it; the only mode so far",
-        choices=("batch",),
+        "batch: a request's bits do not depend on what runs beside it; fast, on a GPU alone: no such promise",
+        choices=("batch", "fast"),
     )
 
     def to_json(self) -> str:

@@ -289,12 +289,20 @@ def _log_start(config: ServerConfig, client: EngineClient, listener: socket.sock
     context = info.num_blocks * info.block_size
     logger.info("octavo %s serves %s (%s)", __version__, config.model_name, info.architecture)
     logger.info(
-        "%s, %.1f M parameters, kernels %s, %d threads, loaded in %.1f s",
+        "%s, %.1f M parameters, on %s, kernels %s, %d threads, loaded in %.1f s",
         info.dtype,
         info.num_parameters / 1e6,
+        info.device,
         info.kernels,
         info.num_threads,
         info.load_s,
+    )
+    logger.info(
+        "memory: weights %.2f GiB, KV cache %.2f GiB, workspace %.2f GiB, reserve %.2f GiB",
+        info.weight_bytes / GIB,
+        info.kv_cache_bytes / GIB,
+        info.workspace_bytes / GIB,
+        info.reserve_bytes / GIB,
     )
     logger.info(
         "KV cache %.2f GiB: %d blocks, %d tokens at once, %.1f requests of the full length %d",

@@ -92,7 +92,9 @@ def generate(engine: Engine, which: dict[int, list[int]]) -> dict[int, list[int]
 
 @pytest.fixture(scope="module")
 def engine(smollm2: Path) -> Engine:
-    return Engine(EngineConfig(str(smollm2), dtype="float32", max_model_len=MAX_LEN, enable_prefix_caching=False))
+    return Engine(
+        EngineConfig(str(smollm2), device="cpu", dtype="float32", max_model_len=MAX_LEN, enable_prefix_caching=False)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +146,7 @@ def windows(smollm2: Path) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def scored(smollm2: Path, windows: list[list[int]]) -> list[list[TokenLogprobs]]:
     """Prompt logprobs in bfloat16 of every window, the first token left out; the engine computes nothing else."""
-    engine = Engine(EngineConfig(str(smollm2), dtype="bfloat16", max_model_len=MAX_LEN))
+    engine = Engine(EngineConfig(str(smollm2), device="cpu", dtype="bfloat16", max_model_len=MAX_LEN))
     out: dict[int, list[TokenLogprobs]] = {}
     for i, window in enumerate(windows):
         engine.add(GenerationRequest(str(i), window, SamplingParams(max_tokens=0, prompt_logprobs=NUM_TOP * (i % 2))))

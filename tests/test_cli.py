@@ -49,7 +49,7 @@ def test_help_names_every_verb_and_flag() -> None:
     for f in fields(ServerConfig):
         if not f.metadata.get("positional"):
             assert "--" + f.name.replace("_", "-") in serve.stdout
-    assert "(default: 8000)" in serve.stdout and "(default: 512M)" in serve.stdout and "(default: on)" in serve.stdout
+    assert "(default: 8000)" in serve.stdout and "(default: 0.9)" in serve.stdout and "(default: on)" in serve.stdout
 
 
 def test_the_parser_needs_no_third_party_module() -> None:
@@ -88,7 +88,8 @@ def test_without_a_command_the_help_is_shown() -> None:
         ("serve --shutdown-timeout x", "octavo serve: error: --shutdown-timeout: not a number: 'x'"),
         (
             "serve --dtype int3",
-            "octavo serve: error: --dtype: invalid choice: 'int3' (choose from 'auto', 'bfloat16', 'float32')",
+            "octavo serve: error: --dtype: invalid choice: 'int3' "
+            "(choose from 'auto', 'bfloat16', 'float16', 'float32')",
         ),
         ("serve --block-size 17", "octavo serve: error: --block-size: invalid choice: 17 (choose from 16, 32, 64)"),
         ("serve --api-key=", "octavo serve: error: --api-key: must not be empty"),

@@ -21,11 +21,27 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 64,
+}
+FULL_YARN_ROPE = {
+    **YARN_ROPE,
+    "beta_fast": 16.0,
+    "beta_slow": 2.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.7,
+    "truncate": False,
+}
 # name -> (transformers' prefix, what differs from TINY)
 TINY_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama2": ("Llama", {"num_key_value_heads": 6}),
     "llama3": ("Llama", {"rope_parameters": LLAMA3_ROPE}),
     "llama-linear-rope": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}}),
+    "llama-yarn": ("Llama", {"rope_parameters": YARN_ROPE}),
+    "qwen3-yarn": ("Qwen3", {"rope_parameters": FULL_YARN_ROPE}),
     "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
     "smollm2": (
         "Llama",

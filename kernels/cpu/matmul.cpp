@@ -327,11 +327,26 @@ void pack(const PackArgs& a) {
     });
 }
 
+struct EmbeddingArgs {
+    int64_t count;
+    void* out;           // [count, k]
+    const void* packed;  // [n, k], the rows of ids [first_id, first_id + n); the others' are zeros
+    const int32_t* ids;  // [count]
+    int64_t first_id, n, k, is_bf16;
+};
+
 template <typename T>
-void unpack_rows(T* out, const T* packed, const int32_t* ids, int64_t count, int64_t k) {
+void unpack_rows(const EmbeddingArgs& a) {
     constexpr int KS = STEP<T>;
-    for (int64_t i = 0; i < count; i++) {
-        const int64_t n = ids[i];
+    const int64_t k = a.k;
+    T* out = (T*)a.out;
+    const T* packed = (const T*)a.packed;
+    for (int64_t i = 0; i < a.count; i++) {
+        const int64_t n = a.ids[i] - a.first_id;
+        if (n < 0 || n >= a.n) {
+            std::fill_n(out + i * k, k, T(0));
+            continue;
+        }
         const T* panel = packed + (n / LANES) * LANES * k + (n % LANES) * KS;
         for (int64_t c = 0; c < k; c += KS)
             for (int s = 0; s < KS; s++) out[i * k + c + s] = panel[c * LANES + s];
@@ -356,21 +371,9 @@ extern "C" void octavo_pack_weight(const void* args) {
     else pack<float>(a);
 }
 
-namespace {
-
-struct EmbeddingArgs {
-    int64_t count;
-    void* out;           // [count, k]
-    const void* packed;  // [n, k]
-    const int32_t* ids;  // [count], in [0, n)
-    int64_t k, is_bf16;
-};
-
-}  // namespace
-
 // Rows of a packed weight.
 extern "C" void octavo_embedding(const void* args) {
     const EmbeddingArgs& a = *(const EmbeddingArgs*)args;
-    if (a.is_bf16) unpack_rows((bf16*)a.out, (const bf16*)a.packed, a.ids, a.count, a.k);
-    else unpack_rows((float*)a.out, (const float*)a.packed, a.ids, a.count, a.k);
+    if (a.is_bf16) unpack_rows<bf16>(a);
+    else unpack_rows<float>(a);
 }

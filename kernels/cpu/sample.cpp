@@ -3,6 +3,9 @@
 //
 // The draw is the exponential race (equal to the Gumbel-max trick): score = logit / T - log(E), E = -log(u), u from
 // Philox-4x32-10 (Salmon et al., SC 2011); the best score wins, ties go to the lowest id.
+//
+// kernels/gpu/sample.py chooses the very same tokens: every comparison below is of numbers that come out the same there,
+// float32 by the same operations, sums in fixed point (any order) or in a fixed tree.
 #include "parallel.h"
 #include "vec.h"
 
@@ -36,6 +39,7 @@ struct Edit {
 };
 
 constexpr int LOGICAL_SHARDS = 8;
+constexpr int SHARD_VECTORS = 8;  // a shard's exponentials are added in 8 * 16 lanes, in turn, then in a tree
 constexpr uint32_t DOMAIN_TOKEN = 0;
 constexpr float MAX_NOISE = 16.65f;  // -log(-log(1 - 2^-24)) rounded up: the most that noise can add to a logit
 
@@ -66,6 +70,17 @@ U32x4 philox(u32x16 block, uint32_t index, uint32_t choice, uint64_t seed) {
 f32x16 noise(u32x16 bits) {
     const f32x16 u = fma(__builtin_convertvector((i32x16)(bits >> 9), f32x16), splat(0x1p-23f), splat(0x1p-24f));
     return -log(-log(u));
+}
+
+typedef int64_t i64x16 __attribute__((vector_size(128)));
+
+// Weights in [0, 1] in units of 2^-40, cut off: their sums are exact, hence the same in any order.
+i64x16 fixed(f32x16 weight) { return __builtin_convertvector(weight * splat(0x1p40f), i64x16); }
+
+int64_t sum_fixed(i64x16 v) {
+    int64_t sum = 0;
+    for (int i = 0; i < LANES; i++) sum += v[i];
+    return sum;
 }
 
 f32x16 load_partial(const float* p, int64_t count, float fill) {
@@ -103,13 +118,18 @@ public:
         float shard_max[LOGICAL_SHARDS], shard_sum[LOGICAL_SHARDS];
         for (int s = 0; s < LOGICAL_SHARDS; s++) {
             const int64_t begin = s * vocab_ / LOGICAL_SHARDS, end = (s + 1) * vocab_ / LOGICAL_SHARDS;
-            f32x16 top = splat(NEG_INF), sum = splat(0.0f);
+            f32x16 top = splat(NEG_INF), sums[SHARD_VECTORS] = {};
             for (int64_t i = begin; i < end; i += LANES) top = max(top, load_partial(raw_ + i, end - i, NEG_INF));
             shard_max[s] = max_lanes(top);
             if (shard_max[s] > NEG_INF)
-                for (int64_t i = begin; i < end; i += LANES)
-                    sum = sum + exp(load_partial(raw_ + i, end - i, NEG_INF) - splat(shard_max[s]));
-            shard_sum[s] = sum_lanes(sum);
+                for (int64_t i = begin; i < end; i += SHARD_VECTORS * LANES)
+                    for (int v = 0; v < SHARD_VECTORS && i + v * LANES < end; v++) {
+                        const f32x16 x = load_partial(raw_ + i + v * LANES, end - i - v * LANES, NEG_INF);
+                        sums[v] = sums[v] + exp(x - splat(shard_max[s]));
+                    }
+            for (int half = SHARD_VECTORS / 2; half > 0; half /= 2)
+                for (int v = 0; v < half; v++) sums[v] = sums[v] + sums[v + half];
+            shard_sum[s] = sum_lanes(sums[0]);
         }
         for (int half = 1; half < LOGICAL_SHARDS; half *= 2)
             for (int s = 0; s < LOGICAL_SHARDS; s += 2 * half) {
@@ -148,11 +168,12 @@ public:
             edit(false);
             best = likeliest(x_);
         }
-        if (best.id < 0) return allowed_[row_.allowed_begin];  // the model itself gives these no probability
+        if (best.id < 0)  // the model itself gives the allowed ones no probability
+            return row_.allowed_begin < row_.allowed_end ? allowed_[row_.allowed_begin] : likeliest_raw_.id;
         if (row_.temperature == 0.0f) return best.id;
         max_ = best.score;
         const bool filtered = (row_.top_k > 0 && row_.top_k < vocab_) || row_.top_p < 1.0f || row_.min_p > 0.0f;
-        return filtered ? draw_among(survivors()) : draw_among_all(best.id);
+        return filtered ? draw_among(survivors(), best.id) : draw_among_all(best.id);
     }
 
 private:
@@ -216,53 +237,83 @@ private:
         x_ = x;
     }
 
-    float weight(float logit) const { return exp((logit - max_) / row_.temperature); }
+    f32x16 weights(f32x16 x) const { return exp((x - splat(max_)) / splat(row_.temperature)); }
 
-    // Tokens that survive top-k, then top-p among those, then min-p; in order of (logit, lowest id).
+    // Weights of kept[begin] and the 15 behind it; 0 past the end.
+    f32x16 weights(const std::vector<Candidate>& kept, size_t begin) const {
+        f32x16 x = splat(NEG_INF);
+        for (size_t i = 0; i < LANES && begin + i < kept.size(); i++) x[i] = kept[begin + i].first;
+        return weights(x);
+    }
+
+    int64_t mass(const std::vector<Candidate>& kept) const {
+        i64x16 sums = {};
+        for (size_t i = 0; i < kept.size(); i += LANES) sums += fixed(weights(kept, i));
+        return sum_fixed(sums);
+    }
+
+    int64_t mass_of_all() const {
+        i64x16 sums = {};
+        for (int64_t i = 0; i < vocab_; i += LANES) sums += fixed(weights(load_partial(x_ + i, vocab_ - i, NEG_INF)));
+        return sum_fixed(sums);
+    }
+
+    // What the tokens kept by top-p have together at least.
+    int64_t target_mass(int64_t total) const {
+        return std::max<int64_t>(1, (int64_t)((double)row_.top_p * (double)total));
+    }
+
+    // Tokens that survive top-k, then top-p among those, then min-p. The order that counts is (logit, lowest id).
     std::vector<Candidate>& survivors() const {
         static thread_local std::vector<Candidate> kept;
         const int64_t k = row_.top_k > 0 ? std::min<int64_t>(row_.top_k, vocab_) : vocab_;
         const bool by_mass = row_.top_p < 1.0f && k == vocab_;
-        double total = 0.0;
-        if (by_mass) total = mass_of_all();
-        // Sorting the whole vocabulary is dear: collect what lies within a margin of the best, and widen it until enough.
+        int64_t target = by_mass ? target_mass(mass_of_all()) : 0;
+        // Going through the whole vocabulary is dear: collect what lies within a margin of the best, and widen it until enough.
         for (float margin = 8.0f * row_.temperature;; margin *= 2.0f) {
             kept.clear();
             const float floor = margin < 1e30f ? max_ - margin : NEG_INF;
-            double mass = 0.0;
             int64_t below = 0;
             for (int64_t i = 0; i < vocab_; i++) {
                 if (x_[i] >= floor && x_[i] > NEG_INF) kept.emplace_back(x_[i], (int32_t)i);
                 else if (x_[i] > NEG_INF) below++;
             }
             if (below == 0) break;
-            if (by_mass) for (const Candidate& c : kept) mass += weight(c.first);
-            if (k < vocab_ ? (int64_t)kept.size() >= k : !by_mass ? weight(floor) < row_.min_p : mass >= row_.top_p * total)
+            if (k < vocab_ ? (int64_t)kept.size() >= k
+                : by_mass  ? mass(kept) >= target
+                           : weights(splat(floor))[0] < 0.999f * row_.min_p)  // exp need not be monotone in the last bit
                 break;
         }
-        std::sort(kept.begin(), kept.end(), before);
-        if ((int64_t)kept.size() > k) kept.resize(k);
+        if ((int64_t)kept.size() > k) {
+            std::nth_element(kept.begin(), kept.begin() + k, kept.end(), before);
+            kept.resize(k);
+        }
         if (row_.top_p < 1.0f) {
-            if (!by_mass) for (const Candidate& c : kept) total += weight(c.first);
-            double mass = 0.0;
+            if (!by_mass) target = target_mass(mass(kept));
+            std::sort(kept.begin(), kept.end(), before);
+            int64_t mass = 0;
             size_t count = 0;
-            while (count < kept.size() && (count == 0 || mass < row_.top_p * total)) mass += weight(kept[count++].first);
+            while (mass < target && count < kept.size()) {
+                const i64x16 next = fixed(weights(kept, count));
+                for (int i = 0; i < LANES && mass < target && count < kept.size(); i++, count++) mass += next[i];
+            }
             kept.resize(count);
         }
-        while (kept.size() > 1 && weight(kept.back().first) < row_.min_p) kept.pop_back();
+        if (row_.min_p > 0.0f) {
+            size_t count = 0;
+            for (size_t begin = 0; begin < kept.size(); begin += LANES) {
+                const f32x16 w = weights(kept, begin);
+                for (size_t i = begin; i < std::min(begin + LANES, kept.size()); i++)
+                    if (w[i - begin] >= row_.min_p) kept[count++] = kept[i];
+            }
+            kept.resize(count);
+        }
         return kept;
     }
 
-    double mass_of_all() const {
-        double total = 0.0;
-        const f32x16 t = splat(row_.temperature);
-        for (int64_t i = 0; i < vocab_; i += LANES)
-            total += sum_lanes(exp((load_partial(x_ + i, vocab_ - i, NEG_INF) - splat(max_)) / t));
-        return total;
-    }
-
-    int32_t draw_among(const std::vector<Candidate>& kept) const {
+    int32_t draw_among(const std::vector<Candidate>& kept, int32_t likeliest) const {
         Best best;
+        best.offer(score_of(likeliest), likeliest);
         for (size_t begin = 0; begin < kept.size(); begin += LANES) {
             const size_t count = std::min<size_t>(LANES, kept.size() - begin);
             u32x16 block = {};
@@ -275,7 +326,8 @@ private:
             u32x16 bits = {};
             for (size_t i = 0; i < count; i++) bits[i] = random.word[kept[begin + i].second % 4][i];
             const f32x16 score = x / splat(row_.temperature) + noise(bits);
-            for (size_t i = 0; i < count; i++) best.offer(score[i], kept[begin + i].second);
+            for (size_t i = 0; i < count; i++)
+                if (score[i] > NEG_INF) best.offer(score[i], kept[begin + i].second);
         }
         return best.id;
     }

@@ -219,6 +219,8 @@ class Metrics:
             "cache_dtype": info.dtype,
             "num_gpu_blocks": info.num_blocks,
             "kv_cache_memory_bytes": info.kv_cache_bytes,
+            "gpu_memory_utilization": self._config.gpu_memory_utilization,
+            "device": info.device,
             "enable_prefix_caching": self._config.enable_prefix_caching,
             "engine": 0,
         }

@@ -49,7 +49,10 @@ class State:
     def fingerprint(self) -> str:
         """Changes whenever the same request may get other bits."""
         info = self.engine.info
-        facts = (__version__, info.architecture, info.dtype, info.kernels, info.num_parameters, self.config.exactness)
+        facts = (
+            *(__version__, info.architecture, info.dtype, info.device, info.kernels, info.num_parameters),
+            self.config.exactness,
+        )
         return "fp_" + hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
 
     def check_ready(self) -> None:

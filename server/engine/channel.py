@@ -45,10 +45,13 @@ class EngineInfo:
     vocab_size: int
     num_parameters: int
     weight_bytes: int
+    workspace_bytes: int
+    reserve_bytes: int  # of the memory plan: for runtime and libraries
     num_blocks: int
     block_size: int
     kv_cache_bytes: int
-    kernels: str  # the variant of native ops in use, for the start-up lines
+    device: str  # "cpu" or the GPU's name
+    kernels: str  # the kernels in use, for people
     num_threads: int
     load_s: float
 

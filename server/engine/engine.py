@@ -15,10 +15,18 @@ from octavo.kernels.cpu.library import multiplies_bf16, set_num_threads
 from octavo.models.config import ConfigError, ModelConfig, read_config
 from octavo.models.llama import Llama
 from octavo.models.loader import CheckpointError, load
-from octavo.models.memory import kv_block_bytes, num_parameters, state_bytes, weight_bytes, workspace_bytes
-from octavo.server.config import MIB, EngineConfig
+from octavo.models.memory import (
+    MemoryPlan,
+    kv_block_bytes,
+    num_parameters,
+    plan_memory,
+    state_bytes,
+    weight_bytes,
+    workspace_bytes,
+)
+from octavo.server.config import GIB, MIB, EngineConfig
 from octavo.server.engine.channel import EngineInfo, EngineStats
-from octavo.server.engine.pacing import Pacer
+from octavo.server.engine.pacing import ROW_TILE, Pacer
 from octavo.server.engine.plan import StepPlan
 from octavo.server.engine.request import Delta, GenerationRequest
 from octavo.server.engine.runner import Runner
@@ -26,20 +34,80 @@ from octavo.server.engine.scheduler import Scheduler
 from octavo.server.errors import StartupError
 
 RUNTIME_BYTES = 400 * MIB  # interpreter, torch and its libraries, both processes
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+GPU_RUNTIME_BYTES = GIB  # on a GPU: context, kernels, CUDA graphs, what torch allocates beside the plan
+DEFAULT_KV_BYTES = 512 * MIB  # on a CPU
+GPU_ROW_TILE = 256  # tokens that a GPU computes in about the time that reading the weights takes: an estimate
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def choose_dtype(wanted: str) -> torch.dtype:
-    """The compute type; auto is bfloat16 where the CPU multiplies it natively, else float32."""
-    if wanted == "auto":
+def choose_device(wanted: str, exactness: str) -> None:
+    """Choose device and kernels for the process, before it allocates anything. Raises StartupError."""
+    has_gpu = wanted != "cpu" and torch.cuda.is_available()
+    if wanted == "cuda" and not has_gpu:
+        cause = "sees no GPU" if torch.version.cuda else "is a build for CPUs alone"
+        raise StartupError(f"--device is cuda, but this torch ({torch.__version__}) {cause}")
+    if exactness == "fast" and not has_gpu:
+        raise StartupError("--exactness is fast, which is for GPUs alone")
+    try:
+        if has_gpu:
+            backend.select(os.environ.get("OCTAVO_KERNELS") or "triton", "cuda", exact=exactness != "fast")
+        else:
+            backend.kernels()
+    except ValueError as error:
+        raise StartupError(str(error)) from None
+
+
+def choose_dtype(wanted: str, of_checkpoint: str) -> torch.dtype:
+    """The compute type for the kernels in use. Raises StartupError where they do not take the one that is wanted.
+
+    auto: for Triton's kernels the checkpoint's own, bfloat16 in place of float32; on a CPU bfloat16 where it is
+    multiplied natively, else float32.
+    """
+    is_triton = backend.kernels() == "triton"
+    if wanted == "auto" and is_triton:
+        wanted = of_checkpoint if of_checkpoint in ("bfloat16", "float16") else "bfloat16"
+    elif wanted == "auto":
         wanted = "bfloat16" if multiplies_bf16() else "float32"
+    if wanted == "float16" and not is_triton:
+        raise StartupError("--dtype is float16, which is for GPUs alone; on a CPU: bfloat16 or float32")
     return DTYPES[wanted]
 
 
-def plan_blocks(model: ModelConfig, config: EngineConfig, max_model_len: int, dtype: torch.dtype) -> int:
-    """KV blocks for the memory asked for, and never fewer than one request of full length needs."""
-    block_bytes = kv_block_bytes(model, config.block_size, dtype)
-    return max(config.kv_cache_memory_bytes // block_bytes, -(-max_model_len // config.block_size))
+def plan_engine_memory(model: ModelConfig, config: EngineConfig, max_model_len: int, dtype: torch.dtype) -> MemoryPlan:
+    """What is to be allocated, never fewer KV blocks than one request of full length needs.
+
+    Raises StartupError where that does not fit what is there.
+    """
+    kv_bytes, utilization = config.kv_cache_memory_bytes, config.gpu_memory_utilization
+    on_gpu = backend.device().type == "cuda"
+    if on_gpu:
+        free, total = torch.cuda.mem_get_info()
+        limit = free if kv_bytes else int(utilization * total)
+        if limit > free:
+            raise StartupError(
+                f"too little memory: --gpu-memory-utilization {utilization:g} asks for {limit / 1e9:.2f} GB of the "
+                f"GPU's {total / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free"
+            )
+    else:
+        kv_bytes, limit = kv_bytes or DEFAULT_KV_BYTES, available_bytes()
+    state = state_bytes(model, config.max_num_seqs, max_model_len, config.block_size)
+    plan = plan_memory(
+        weight_bytes=weight_bytes(model, dtype),
+        workspace_bytes=workspace_bytes(model, config.max_num_batched_tokens, max_model_len, dtype) + state,
+        reserve_bytes=GPU_RUNTIME_BYTES if on_gpu else RUNTIME_BYTES,
+        block_bytes=kv_block_bytes(model, config.block_size, dtype),
+        min_blocks=-(-max_model_len // config.block_size),
+        kv_bytes=kv_bytes,
+        limit_bytes=limit,
+    )
+    if plan.total_bytes > limit:
+        raise StartupError(
+            f"too little memory: {plan.total_bytes / 1e9:.2f} GB needed, of which weights "
+            f"{plan.weight_bytes / 1e9:.2f} and KV cache {plan.kv_bytes / 1e9:.2f}, but only {limit / 1e9:.2f} GB "
+            f"available; {'raise --gpu-memory-utilization' if kv_bytes is None else 'lower --kv-cache-memory-bytes'}, "
+            "or lower --max-model-len or --max-num-batched-tokens"
+        )
+    return plan
 
 
 def available_bytes() -> int:
@@ -55,6 +123,10 @@ def available_bytes() -> int:
     return min(found, default=1 << 62)
 
 
+def _device_name() -> str:
+    return torch.cuda.get_device_name() if backend.device().type == "cuda" else "cpu"
+
+
 def _lines(path: str) -> list[str]:
     try:
         return Path(path).read_text().splitlines()
@@ -67,10 +139,7 @@ class Engine:
 
     def __init__(self, config: EngineConfig) -> None:
         begin = time.monotonic()
-        try:
-            kernels = backend.description()
-        except ValueError as error:
-            raise StartupError(str(error)) from None
+        choose_device(config.device, config.exactness)
         self.num_threads = len(os.sched_getaffinity(0))
         set_num_threads(self.num_threads)
         torch.set_grad_enabled(False)
@@ -84,19 +153,8 @@ class Engine:
             raise StartupError(
                 f"--max-model-len is {max_model_len}, but the model's positions end at {model_config.max_position}"
             )
-        dtype = choose_dtype(config.dtype)
-        num_blocks = plan_blocks(model_config, config, max_model_len, dtype)
-        kv_bytes = num_blocks * kv_block_bytes(model_config, config.block_size, dtype)
-        needed = weight_bytes(model_config, dtype) + kv_bytes + RUNTIME_BYTES
-        needed += workspace_bytes(model_config, config.max_num_batched_tokens, dtype)
-        needed += state_bytes(model_config, config.max_num_seqs, max_model_len, config.block_size)
-        if needed > available_bytes():
-            raise StartupError(
-                f"too little memory: {needed / 1e9:.2f} GB needed, of which weights "
-                f"{weight_bytes(model_config, dtype) / 1e9:.2f} and KV cache {kv_bytes / 1e9:.2f}, but only "
-                f"{available_bytes() / 1e9:.2f} GB available; lower --kv-cache-memory-bytes, --max-model-len or "
-                "--max-num-batched-tokens"
-            )
+        dtype = choose_dtype(config.dtype, model_config.dtype)
+        plan = plan_engine_memory(model_config, config, max_model_len, dtype)
         model = Llama(model_config, dtype, max_model_len)
         try:
             # disable=None: no bar where standard error is not a terminal.
@@ -106,22 +164,24 @@ class Engine:
             raise StartupError(str(error)) from None
         self.runner = Runner(
             model,
-            num_blocks=num_blocks,
+            num_blocks=plan.num_blocks,
             block_size=config.block_size,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=max_model_len,
+            use_graphs=backend.kernels() == "triton" and not config.enforce_eager,
         )
         self.runner.warm_up(config.max_num_batched_tokens)
         self.scheduler = Scheduler(
-            num_blocks=num_blocks,
+            num_blocks=plan.num_blocks,
             block_size=config.block_size,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=max_model_len,
             enable_prefix_caching=config.enable_prefix_caching,
         )
-        self._pacer = Pacer(config.max_num_batched_tokens)
+        row_tile = GPU_ROW_TILE if backend.device().type == "cuda" else ROW_TILE
+        self._pacer = Pacer(config.max_num_batched_tokens, row_tile)
         self._step_s = 0.0
         self.info = EngineInfo(
             model_name=folder.name,
@@ -130,11 +190,14 @@ class Engine:
             max_model_len=max_model_len,
             vocab_size=model_config.vocab_size,
             num_parameters=num_parameters(model_config),
-            weight_bytes=weight_bytes(model_config, dtype),
-            num_blocks=num_blocks,
+            weight_bytes=plan.weight_bytes,
+            workspace_bytes=plan.workspace_bytes,
+            reserve_bytes=plan.reserve_bytes,
+            num_blocks=plan.num_blocks,
             block_size=config.block_size,
-            kv_cache_bytes=kv_bytes,
-            kernels=kernels,
+            kv_cache_bytes=plan.kv_bytes,
+            device=_device_name(),
+            kernels=backend.description(),
             num_threads=self.num_threads,
             load_s=time.monotonic() - begin,
         )

@@ -14,7 +14,7 @@ from statistics import median
 # prompts, whose small chunks would cost more time than they leave to the streams.
 MIN_SLOWDOWN = 2.0
 PREFILL_WEIGHT = 8.0
-ROW_TILE = 16  # kernels take a step's tokens in tiles: prefill fills them up, and gets one at the least
+ROW_TILE = 16  # a CPU's kernels take a step's tokens in tiles: prefill fills them up, and gets one at the least
 NUM_ALONE = 3  # steps without prefill that tell how long the decodes take
 MOST_MIXED = 64  # steps with prefill after which they are to tell it again
 NUM_PREFILL = 5  # steps with prefill that tell how long one of its tokens takes
@@ -29,10 +29,14 @@ class _Decodes:
 
 
 class Pacer:
-    """Paces the prefill of an engine by its step times. `max_num_batched_tokens` is a step's token budget."""
+    """Paces the prefill of an engine by its step times. `max_num_batched_tokens` is a step's token budget.
 
-    def __init__(self, max_num_batched_tokens: int) -> None:
+    Of `row_tile` tokens the last costs as good as nothing.
+    """
+
+    def __init__(self, max_num_batched_tokens: int, row_tile: int = ROW_TILE) -> None:
         self._max_num_batched_tokens = max_num_batched_tokens
+        self._row_tile = row_tile
         self._decodes: dict[int, _Decodes] = {}  # bit length of the number of decodes -> what is known
         self._token_s: deque[float] = deque(maxlen=NUM_PREFILL)  # per prefill token
 
@@ -47,7 +51,7 @@ class Pacer:
         if step_s <= alone_s:
             decodes.alone_s.append(step_s)  # too long even for the decodes alone: what is known is out of date
         # A few tokens hide in the fixed cost of a step, and decodes of unknown cost hide that of any tokens.
-        elif num_prefill_tokens >= ROW_TILE and (alone_s or not num_decodes):
+        elif num_prefill_tokens >= self._row_tile and (alone_s or not num_decodes):
             self._token_s.append((step_s - alone_s) / num_prefill_tokens)
         decodes.num_mixed += 1
         if num_decodes and decodes.num_mixed == MOST_MIXED:
@@ -71,8 +75,8 @@ class Pacer:
         if self._token_s:
             slowdown = max(MIN_SLOWDOWN, 1.0 + PREFILL_WEIGHT * num_prefills / num_decodes)
             num_tokens = (slowdown - 1.0) * median(decodes.alone_s) / median(self._token_s)
-            num_tiles = round(min(num_decodes + num_tokens, self._max_num_batched_tokens) / ROW_TILE)
-        return max(num_tiles * ROW_TILE - num_decodes, ROW_TILE)
+            num_tiles = round(min(num_decodes + num_tokens, self._max_num_batched_tokens) / self._row_tile)
+        return max(num_tiles * self._row_tile - num_decodes, self._row_tile)
 
     def _of(self, num_decodes: int) -> _Decodes:
         return self._decodes.setdefault(num_decodes.bit_length(), _Decodes())

@@ -2,14 +2,17 @@
 
 Knows nothing of queues or requests. State of a slot: its tokens, its block table, its sampling parameters; all
 preallocated, gathered by whole columns, so that a step has no loop over its choices but for those with rare options.
+It lies on the host; on a GPU a step's inputs are copied there at once, the forward pass is launched, and what sampling
+needs is prepared while it runs.
 """
 
 import numpy as np
 import torch
 
-from octavo.kernels.program import Program
+from octavo.kernels.backend import device
+from octavo.kernels.program import Graphs, Program, graph_sizes
 from octavo.kernels.sample import EDIT, ROW, Sampled, sample
-from octavo.models.batch import Activations, ForwardBatch
+from octavo.models.batch import Activations, StepInputs, host_and_device
 from octavo.models.config import ModelConfig
 from octavo.models.llama import Llama
 from octavo.models.memory import LOGITS_ROWS, kv_block_shape
@@ -29,26 +32,33 @@ class Runner:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_model_len: int,
+        use_graphs: bool = False,
     ) -> None:
+        """use_graphs: once warmed up, replay steps in which every choice decodes, filled up to one of a few sizes."""
         self.model = model
         self._block_size = block_size
         config: ModelConfig = model.config
         shape = kv_block_shape(config, num_blocks, block_size)
         # Zeros are written, so that the memory is there from the start.
-        self.kv_caches = [torch.empty(shape, dtype=model.dtype).zero_() for _ in range(config.num_layers)]
-        self._batch = ForwardBatch.empty(max_num_batched_tokens, max_num_seqs, -(-max_model_len // block_size))
+        self.kv_caches = [
+            torch.empty(shape, dtype=model.dtype, device=device()).zero_() for _ in range(config.num_layers)
+        ]
+        self._inputs = StepInputs(max_num_batched_tokens, max_num_seqs, -(-max_model_len // block_size))
         self._activations = Activations.empty(config, max_num_batched_tokens, model.dtype)
-        self._logits = torch.empty((LOGITS_ROWS, config.vocab_size), dtype=torch.float32)
-        self._forward = Program(
-            lambda num_tokens: model.forward(
-                self._activations.first(num_tokens), self._batch.first(num_tokens), self.kv_caches
-            ),
-            max_num_batched_tokens,
+        self._logits = torch.empty((LOGITS_ROWS, config.vocab_size), dtype=torch.float32, device=device())
+        largest = max_num_batched_tokens, max_num_seqs, max_num_batched_tokens, max_model_len
+        self._forward = Program(self._launch, *largest)
+        self._decode_sizes = graph_sizes(min(max_num_seqs, max_num_batched_tokens))
+        self._use_graphs = use_graphs
+        self._graphs: Graphs | None = None
+        host_tokens, device_tokens = (
+            memory.view(torch.int32).view(max_num_seqs, max_model_len)
+            for memory in host_and_device(4 * max_num_seqs * max_model_len)
         )
-        self._tokens = torch.zeros((max_num_seqs, max_model_len), dtype=torch.int32)
-        self._tables = torch.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=torch.int32)
+        self._token_rows, self._tokens = host_tokens.numpy(), device_tokens  # the latter is for sampling alone
+        self._has_two_memories = device_tokens.data_ptr() != host_tokens.data_ptr()
+        self._table_rows = np.zeros((max_num_seqs, -(-max_model_len // block_size)), np.int32)
         self._table_lens = [0] * max_num_seqs
-        self._token_rows, self._table_rows = self._tokens.numpy(), self._tables.numpy()
         self._rows = np.zeros(max_num_seqs, ROW)  # sampling parameters
         self._params: list[SamplingParams | None] = [None] * max_num_seqs
         # Slots with options that need a look at each step: logit_bias, allowed_token_ids, bad_words, min_tokens.
@@ -65,21 +75,43 @@ class Runner:
             self._table_lens[slot] = begin + len(blocks)
         slots, starts = np.array(plan.slots), np.array(plan.starts)
         nums, samples = np.array(plan.nums), np.array(plan.samples)
-        ends = np.cumsum(nums)
-        self._fill_batch(slots, starts, nums, ends)
-        self._forward.run(int(ends[-1]))
+        ends, sampled = np.cumsum(nums), np.flatnonzero(samples)
+        self._run(*self._fill_batch(slots, starts, nums, ends, sampled))
         hidden = self._activations.normed
         result = StepResult(plan.epoch, plan.step)
         for index in self._prompt_logprob_indices(plan):
             self._prompt_logprobs(result, plan, index, hidden[ends[index] - nums[index] : ends[index]])
-        sampled = np.flatnonzero(samples)
         if len(sampled):
-            self._sample(result, sampled, slots, starts + nums, hidden[torch.from_numpy(ends[sampled] - 1)])
+            self._sample(result, sampled, slots, starts + nums, hidden[self._inputs.part("sampled", len(sampled))])
+        elif device().type == "cuda":
+            torch.cuda.synchronize()  # nothing else has waited: the inputs are free again, the step's duration is known
         return result
+
+    def _launch(self, num_tokens: int, num_sequences: int, max_query_len: int, max_context_len: int) -> None:
+        batch = self._inputs.batch(num_tokens, num_sequences, max_query_len, max_context_len)
+        self.model.forward(self._activations.first(num_tokens), batch, self.kv_caches)
+
+    def _run(self, num_tokens: int, num_sequences: int, max_query_len: int, max_context_len: int) -> None:
+        """The forward pass of what `_fill_batch` wrote. On a GPU it is launched, not done."""
+        size = 0
+        if self._graphs is not None and num_tokens == num_sequences:
+            size = self._graphs.size_for(num_sequences)
+            self._inputs.pad_decodes(num_sequences, size)
+        self._inputs.copy_to_device(max(num_sequences, size))
+        if self._has_two_memories:
+            places, token_ids = (self._inputs.part(name, num_tokens) for name in ("places", "token_ids"))
+            self._tokens.view(-1).index_copy_(0, places, token_ids)
+        if self._graphs is not None and size:
+            self._graphs.replay(size)
+        else:
+            self._forward.run(num_tokens, num_sequences, max_query_len, max_context_len)
 
     def _place(self, choice: NewChoice) -> None:
         slot, params = choice.slot, choice.params
         self._token_rows[slot, : len(choice.token_ids)] = choice.token_ids
+        if self._has_two_memories:  # prefix hits are never computed, so not all of these come with a step's inputs
+            row = self._token_rows[slot, : len(choice.token_ids)]
+            self._tokens[slot, : len(row)] = torch.from_numpy(row)
         self._table_lens[slot] = 0
         self._params[slot] = params
         row = self._rows[slot]
@@ -96,20 +128,28 @@ class Runner:
         scores_prompt = params.prompt_logprobs is not None and choice.choice_index == 0
         (self._wants_prompt_logprobs.add if scores_prompt else self._wants_prompt_logprobs.discard)(slot)
 
-    def _fill_batch(self, slots: np.ndarray, starts: np.ndarray, nums: np.ndarray, ends: np.ndarray) -> None:
-        batch, num_tokens, num_sequences = self._batch, ends[-1], len(slots)
+    def _fill_batch(
+        self, slots: np.ndarray, starts: np.ndarray, nums: np.ndarray, ends: np.ndarray, sampled: np.ndarray
+    ) -> tuple[int, int, int, int]:
+        """Writes a step's inputs. Returns the number of tokens and of sequences, and the largest query and context."""
+        batch, num_tokens, num_sequences = self._inputs.host, int(ends[-1]), len(slots)
         sequence = np.repeat(np.arange(num_sequences), nums)  # [tokens]
         positions = np.arange(num_tokens) - np.repeat(ends - nums - starts, nums)
         of_token = slots[sequence]
         blocks = self._table_rows[of_token, positions // self._block_size].astype(np.int64)
         context_lens = starts + nums
-        width = -(-int(context_lens.max()) // self._block_size)
-        batch.token_ids.numpy()[:num_tokens] = self._token_rows[of_token, positions]
-        batch.positions.numpy()[:num_tokens] = positions
-        batch.slots.numpy()[:num_tokens] = blocks * self._block_size + positions % self._block_size
-        batch.token_begins.numpy()[1 : num_sequences + 1] = ends
-        batch.context_lens.numpy()[:num_sequences] = context_lens
-        batch.block_tables.numpy()[:num_sequences, :width] = self._table_rows[slots, :width]
+        max_context_len = int(context_lens.max())
+        width = -(-max_context_len // self._block_size)
+        batch["token_ids"][:num_tokens] = self._token_rows[of_token, positions]
+        batch["positions"][:num_tokens] = positions
+        batch["slots"][:num_tokens] = blocks * self._block_size + positions % self._block_size
+        batch["token_begins"][1 : num_sequences + 1] = ends
+        batch["context_lens"][:num_sequences] = context_lens
+        batch["block_tables"][:num_sequences, :width] = self._table_rows[slots, :width]
+        batch["sampled"][: len(sampled)] = ends[sampled] - 1
+        if self._has_two_memories:
+            batch["places"][:num_tokens] = of_token.astype(np.int64) * self._token_rows.shape[1] + positions
+        return num_tokens, num_sequences, int(nums.max()), max_context_len
 
     def _sample_rows(self, hidden: torch.Tensor, rows: np.ndarray, edits: np.ndarray, allowed: np.ndarray) -> Sampled:
         logits = self.model.logits(hidden[: len(rows)], self._logits[: len(rows)])
@@ -188,12 +228,39 @@ class Runner:
         result.prompt_logprobs[index] = found
 
     def warm_up(self, num_tokens: int) -> None:
-        """Touch what a step uses: one prefill of `num_tokens` tokens and one decode, on blocks that nobody owns yet."""
+        """Touch what a step uses: one prefill of `num_tokens` tokens and one decode, on blocks that nobody owns yet.
+
+        On a GPU kernels are compiled meanwhile, so steps of other sizes come too, and graphs are captured.
+        """
         num_tokens = min(num_tokens, self._tokens.shape[1] - 1)
-        blocks = list(range(-(-(num_tokens + 1) // self._block_size)))
-        choice = NewChoice(0, 0, [0] * num_tokens, num_tokens, SamplingParams(max_tokens=2, temperature=0.0))
-        self.execute(StepPlan(0, 0, [choice], [(0, blocks)], [0], [0], [num_tokens], [True]))
+        if device().type == "cuda":
+            # Kernels may be made for a few rows and for many, and for multiples of 16 by themselves.
+            for power in (1 << shift for shift in range(num_tokens.bit_length())):
+                self._prefill(1, power)
+                self._prefill(1, min(power + 1, num_tokens))
+        self._prefill(1, num_tokens)
         self.execute(StepPlan(0, 0, [], [], [0], [num_tokens], [1], [True]))
+        if self._use_graphs:
+            self._inputs.pad_decodes(0, self._decode_sizes[-1])
+            self._inputs.copy_to_device(self._decode_sizes[-1])
+            self._graphs = Graphs(lambda size: self._launch(size, size, 1, self._tokens.shape[1]), self._decode_sizes)
+        if device().type == "cuda":
+            for size in self._decode_sizes:
+                self._prefill(size, 1)
+
+    def _prefill(self, num_choices: int, num_tokens: int) -> None:
+        """A step in which so many choices, all in the same blocks, compute a prompt of `num_tokens` tokens."""
+        params = SamplingParams(max_tokens=2, temperature=0.0)
+        blocks = list(range(-(-(num_tokens + 1) // self._block_size)))
+        plan = StepPlan(0, 0)
+        for slot in range(num_choices):
+            plan.new_choices.append(NewChoice(slot, 0, [0] * num_tokens, num_tokens, params))
+            plan.new_blocks.append((slot, blocks))
+            plan.slots.append(slot)
+            plan.starts.append(0)
+            plan.nums.append(num_tokens)
+            plan.samples.append(True)
+        self.execute(plan)
 
 
 def _banned(params: SamplingParams, output: np.ndarray) -> list[tuple[int, float]]:

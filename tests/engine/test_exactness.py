@@ -19,7 +19,7 @@ Output = list[tuple[int, bytes]]  # token id, the bits of its logprob and of the
 
 @pytest.fixture(scope="module")
 def engine(smollm2: Path) -> Engine:
-    config = EngineConfig(model=str(smollm2), dtype="bfloat16", max_model_len=MAX_LEN, max_num_seqs=20)
+    config = EngineConfig(model=str(smollm2), device="cpu", dtype="bfloat16", max_model_len=MAX_LEN, max_num_seqs=20)
     return Engine(config)
 
 

@@ -110,6 +110,17 @@ def test_there_is_progress_on_the_slowest_machine() -> None:
     assert set(machine.prefill(8, MOST_MIXED)[NUM_ALONE:]) == {ROW_TILE}
 
 
+def test_prefill_comes_in_tiles_of_the_size_that_kernels_have() -> None:
+    machine = Machine(token_s=1.0)
+    machine.pacer = Pacer(BUDGET, 128)
+    machine.run(0, BUDGET)
+    assert set(machine.prefill(8, MOST_MIXED)[NUM_ALONE:]) == {128}
+    machine = Machine(token_s=0.05e-3)
+    machine.pacer = Pacer(BUDGET, 128)
+    machine.run(0, BUDGET)
+    assert {(8 + num) % 128 for num in machine.prefill(8, 50)[NUM_ALONE + 5 :]} == {0}
+
+
 def test_never_over_the_budget() -> None:
     machine = Machine(token_s=1e-9)
     assert max(machine.prefill(200, 50)) + 200 <= BUDGET

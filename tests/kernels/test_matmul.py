@@ -115,6 +115,10 @@ def test_rows_written_in_pieces_and_looked_up(dtype: torch.dtype) -> None:
         weight.write_rows(begin, w[begin:end])
     ids = torch.tensor([44, 0, 7, 16, 15, 44], dtype=torch.int32)
     assert torch.equal(embedding(ids, weight), w[ids])
+    for first_id in (-7, 5):  # zeros for the ids of other shards
+        inside = ((ids >= first_id) & (ids < first_id + 45))[:, None]
+        want = torch.where(inside, w[(ids - first_id).clamp(0, 44)], torch.zeros((), dtype=dtype))
+        assert torch.equal(embedding(ids, weight, first_id=first_id), want)
     assert packed_bytes(45, 32, dtype) == weight.data.numel() * dtype.itemsize
 
 

@@ -26,6 +26,16 @@ def test_norm(rows: int, size: int, dtype: torch.dtype, tolerance: float) -> Non
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+def test_norm_of_residual_and_x(dtype: torch.dtype, tolerance: float) -> None:
+    torch.manual_seed(0)
+    x, before, weight = torch.randn(5, 64).to(dtype), torch.randn(5, 64).to(dtype), torch.randn(64)
+    residual, x_before = before.clone(), x.clone()
+    got = rms_norm(x, weight, 1e-5, residual=residual)
+    assert torch.equal(residual, (before.float() + x.float()).to(dtype)) and torch.equal(x, x_before)
+    torch.testing.assert_close(got.double(), exact(residual, weight, 1e-5), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
 def test_heads_in_place(dtype: torch.dtype, tolerance: float) -> None:
     torch.manual_seed(0)
     qkv, weight = torch.randn(5, 8 * 32).to(dtype), torch.randn(32)

@@ -51,6 +51,8 @@ class Paged:
             token_begins=torch.cat([torch.tensor([0]), (lens - starts).cumsum(0)]).int(),
             context_lens=lens.int(),
             block_tables=self.tables[rows].contiguous(),
+            max_query_len=int((lens - starts).max()),
+            max_context_len=int(lens.max()),
         )
         config, num_tokens = self.model.config, len(positions)
         activations = Activations.empty(config, num_tokens, self.model.dtype)

@@ -1,0 +1,133 @@
+"""Rotary embedding fused with the write to the paged cache: see `launch`."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octavo.kernels.reference import QUANTISED_MAX
+
+
+@triton.jit
+def _greater(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _stored(x, scale, dtype: tl.constexpr, GREATEST: tl.constexpr):
+    """x / scale to nearest even, saturated. Adding and taking away 1.5 * 2^23 leaves an integer's bits alone."""
+    scale = tl.where(scale == 0.0, 1.0, scale)
+    x = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
+    x = tl.minimum(tl.maximum(x, -GREATEST), GREATEST)
+    if dtype == tl.int8:
+        x = (x + 12582912.0) - 12582912.0
+    return x.to(dtype)
+
+
+@triton.jit
+def rotary_kv_write_kernel(
+    qkv_ptr,
+    cos_sin_ptr,
+    positions_ptr,
+    slots_ptr,
+    cache_ptr,
+    scales_ptr,
+    qkv_stride,
+    num_heads,
+    num_kv_heads,
+    HEAD_SIZE: tl.constexpr,
+    ROTARY_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    GREATEST: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+):
+    """BLOCK_HEADS of a token's heads: (a, b) becomes (a cos - b sin, b cos + a sin) for the pairs of queries and keys,
+    a of a head's first half, b of its second. A thread has both of a pair, so that none reads what is rotated already.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots_ptr + token)
+    if slot < 0:
+        return
+    heads = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+    head_mask = heads < num_heads + 2 * num_kv_heads
+    is_rotated = heads < num_heads + num_kv_heads
+    half: tl.constexpr = ROTARY_SIZE // 2
+    pairs, rest = tl.arange(0, BLOCK_HALF), ROTARY_SIZE + tl.arange(0, BLOCK_REST)
+    pair_mask = head_mask[:, None] & (pairs < half)[None, :]
+    rest_mask = head_mask[:, None] & (rest < HEAD_SIZE)[None, :]
+
+    pair_ptrs = qkv_ptr + token * qkv_stride + heads[:, None] * HEAD_SIZE + pairs[None, :]
+    rest_ptrs = qkv_ptr + token * qkv_stride + heads[:, None] * HEAD_SIZE + rest[None, :]
+    a = tl.load(pair_ptrs, mask=pair_mask, other=0.0)
+    b = tl.load(pair_ptrs + half, mask=pair_mask, other=0.0)
+    table_ptrs = cos_sin_ptr + tl.load(positions_ptr + token).to(tl.int64) * ROTARY_SIZE + pairs
+    cos = tl.broadcast_to(tl.load(table_ptrs, mask=pairs < half, other=0.0)[None, :], a.shape)
+    sin = tl.broadcast_to(tl.load(table_ptrs + half, mask=pairs < half, other=0.0)[None, :], a.shape)
+    wide_a, wide_b = a.to(tl.float32), b.to(tl.float32)
+    a = tl.where(is_rotated[:, None], tl.fma(wide_a, cos, -(wide_b * sin)).to(a.dtype), a)
+    b = tl.where(is_rotated[:, None], tl.fma(wide_b, cos, wide_a * sin).to(b.dtype), b)
+    tl.store(pair_ptrs, a, mask=pair_mask & is_rotated[:, None])
+    tl.store(pair_ptrs + half, b, mask=pair_mask & is_rotated[:, None])
+
+    kv_head = heads - num_heads  # keys' heads, then values'
+    write_mask = head_mask & (kv_head >= 0)
+    places = (slot // BLOCK_SIZE * (2 * num_kv_heads) + kv_head) * BLOCK_SIZE + slot % BLOCK_SIZE
+    if scales_ptr is not None:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+        greatest = _greater(tl.reduce(tl.abs(a), 1, _greater), tl.reduce(tl.abs(b), 1, _greater))
+        if ROTARY_SIZE < HEAD_SIZE:
+            tail = tl.load(rest_ptrs, mask=rest_mask, other=0.0).to(tl.float32)
+            greatest = _greater(greatest, tl.reduce(tl.abs(tail), 1, _greater))
+        scale = tl.div_rn(greatest, tl.full(greatest.shape, GREATEST, tl.float32))
+        tl.store(scales_ptr + places, scale, mask=write_mask)
+        a = _stored(a, scale, cache_ptr.dtype.element_ty, GREATEST)
+        b = _stored(b, scale, cache_ptr.dtype.element_ty, GREATEST)
+    cache_ptrs = cache_ptr + (places * HEAD_SIZE)[:, None]
+    tl.store(cache_ptrs + pairs[None, :], a, mask=pair_mask & write_mask[:, None])
+    tl.store(cache_ptrs + half + pairs[None, :], b, mask=pair_mask & write_mask[:, None])
+    if ROTARY_SIZE < HEAD_SIZE:
+        if scales_ptr is not None:
+            tail = _stored(tail, scale, cache_ptr.dtype.element_ty, GREATEST)
+        else:
+            tail = tl.load(rest_ptrs, mask=rest_mask, other=0.0)
+        tl.store(cache_ptrs + rest[None, :], tail, mask=rest_mask & write_mask[:, None])
+
+
+def launch(
+    qkv: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    kv_cache: Tensor,
+    num_heads: int,
+    kv_scales: Tensor | None,
+) -> None:
+    """Checked arguments of the op. The grid depends on shapes alone, so it may be captured."""
+    _, _, num_kv_heads, block_size, head_size = kv_cache.shape
+    if not qkv.shape[0]:
+        return
+    rotary_size = cos_sin.shape[1]
+    all_heads = num_heads + 2 * num_kv_heads
+    block_half = triton.next_power_of_2(rotary_size // 2)
+    block_heads = min(triton.next_power_of_2(all_heads), max(1, 1024 // block_half))
+    rotary_kv_write_kernel[qkv.shape[0], triton.cdiv(all_heads, block_heads)](
+        qkv,
+        cos_sin,
+        positions,
+        slots,
+        kv_cache,
+        kv_scales,
+        qkv.stride(0),
+        num_heads,
+        num_kv_heads,
+        HEAD_SIZE=head_size,
+        ROTARY_SIZE=rotary_size,
+        BLOCK_SIZE=block_size,
+        GREATEST=QUANTISED_MAX.get(kv_cache.dtype, 0.0),
+        BLOCK_HEADS=block_heads,
+        BLOCK_HALF=block_half,
+        BLOCK_REST=triton.next_power_of_2(max(head_size - rotary_size, 1)),
+        num_warps=4,
+        enable_fp_fusion=False,
+    )
