@@ -8,9 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize(
-    "document", ["README.md", "docs/structure.md", "docs/gpu_without_gpu.md", "benchmarks/README.md"]
-)
+@pytest.mark.parametrize("document", ["README.md", "docs/structure.md", "benchmarks/README.md"])
 def test_named_files_exist(document: str) -> None:
     text = (ROOT / document).read_text()
     paths = re.findall(r"`((?:server|models|kernels|tests|benchmarks|octavo|docs)/[\w/.]*)`", text)
