@@ -148,5 +148,5 @@ def variants() -> Iterator[Variant]:
                 ("head", False, None, None, torch.float32),
             ):
                 args = (dtype, dtype, bias, residual, out, 1, 4096, 4096, 4096)
-                name = f"{form}, {str(dtype).removeprefix('torch.')}, up to {tile.max_rows} rows"
+                name = f"{form}, {str(dtype).removeprefix('torch.')}, {tile.block_m} rows"
                 yield Variant(name, matmul_kernel, args, _options(dtype.itemsize, tile, gated))

@@ -31,7 +31,7 @@ def check_norm(rows: int, size: int, dtype: torch.dtype, with_residual: bool, in
         out.double(), exact(normed, weight, 1e-5), atol=TOLERANCES[dtype], rtol=TOLERANCES[dtype]
     )
     if residual is not None:
-        assert torch.equal(residual, normed)
+        assert torch.equal(residual, normed) and torch.equal(out, rms_norm(normed, weight, 1e-5))
     for row in {0, rows - 1}:
         alone = x[row : row + 1].clone()
         added = None if before is None else before[row : row + 1].to(x.device)

@@ -4,7 +4,17 @@ from collections.abc import Callable
 
 import numpy as np
 
-from gpu_without_gpu.formats import FORMATS, SIGNED, UNSIGNED, Array, Format, flush, fused_multiply_add, to_odd_f32
+from gpu_without_gpu.formats import (
+    FORMATS,
+    SIGNED,
+    UNSIGNED,
+    Array,
+    Format,
+    flush,
+    fused_multiply_add,
+    fused_multiply_add_f32,
+    to_odd_f32,
+)
 from gpu_without_gpu.machine import Batch, Mask, Step
 from gpu_without_gpu.operands import destination, elementwise, items, opcode, selector, source
 from gpu_without_gpu.ptx import Group, Immediate, Instruction
@@ -71,7 +81,7 @@ FLOAT: dict[str, tuple[int, str, Function]] = {  # number of operands, flags, me
 }
 FLOAT32 = FLOAT | {
     "div": (2, "rn full approx ftz", np.divide),
-    "fma": (3, "rn ftz", lambda x, y, z: fused_multiply_add(x, y, z).astype(np.float32)),
+    "fma": (3, "rn ftz", fused_multiply_add_f32),
     "copysign": (2, "", lambda sign, x: np.copysign(x, sign)),
     "sqrt": (1, "approx rn ftz", _rounded(np.sqrt)),
     "rsqrt": (1, "approx ftz", _rounded(lambda x: 1 / np.sqrt(x))),

@@ -72,12 +72,16 @@ E5M2 = _Float8(exponent_bits=5, bias=15, largest=0x7B, nan=0x7F)
 
 
 class Format(NamedTuple):
-    """A PTX type. `bits` is the width of the operand, `per_register` the numbers in it."""
+    """A PTX type. `bits` is the width of the operand, `per_register` the numbers in it.
+
+    Where numbers are the raw values seen as another type, `view` is that; None: the raw values themselves.
+    """
 
     bits: int
     decode: Callable[[Array], Array]
     encode: Callable[[Array], Array]
     per_register: int = 1
+    view: Any = False  # False: there is more to it
 
     @property
     def raw(self) -> Any:
@@ -88,12 +92,14 @@ def _same(x: Array) -> Array:
     return x
 
 
-def _integer(bits: int, signed: bool) -> Format:
+def _unsigned(bits: int) -> Format:
+    kind = UNSIGNED[bits]
+    return Format(bits, _same, lambda x: x.astype(kind, copy=False), view=None)
+
+
+def _viewed(bits: int, kind: Any) -> Format:
     unsigned = UNSIGNED[bits]
-    if not signed:
-        return Format(bits, _same, lambda x: x.astype(unsigned, copy=False))
-    kind = SIGNED[bits]
-    return Format(bits, lambda raw: raw.view(kind), lambda x: x.astype(kind, copy=False).view(unsigned))
+    return Format(bits, lambda raw: raw.view(kind), lambda x: x.astype(kind, copy=False).view(unsigned), view=kind)
 
 
 def _f16(raw: Array) -> Array:
@@ -116,12 +122,13 @@ def _packed(bits: int, part: Any, decode: Callable[[Array], Array], encode: Call
 
 
 FORMATS = {
-    "pred": Format(1, _same, _same),
-    **{f"{kind}{bits}": _integer(bits, kind == "s") for kind in "bus" for bits in (8, 16, 32, 64)},
+    "pred": Format(1, _same, _same, view=None),
+    **{f"{kind}{bits}": _unsigned(bits) for kind in "bu" for bits in (8, 16, 32, 64)},
+    **{f"s{bits}": _viewed(bits, SIGNED[bits]) for bits in (8, 16, 32, 64)},
     "f16": Format(16, _f16, _to_f16),
     "bf16": Format(16, bf16_to_f32, f32_to_bf16),
-    "f32": Format(32, lambda raw: raw.view(np.float32), lambda x: x.astype(np.float32, copy=False).view(np.uint32)),
-    "f64": Format(64, lambda raw: raw.view(np.float64), lambda x: x.astype(np.float64, copy=False).view(np.uint64)),
+    "f32": _viewed(32, np.float32),
+    "f64": _viewed(64, np.float64),
     "f16x2": _packed(32, np.uint16, _f16, _to_f16),
     "bf16x2": _packed(32, np.uint16, bf16_to_f32, f32_to_bf16),
     "u16x2": _packed(32, np.uint16, _same, _same),
@@ -144,12 +151,26 @@ def fused_multiply_add(x: Array, y: Array, z: Array) -> Array:
     """
     product = x.astype(np.float64) * y
     total = product + z
-    bits = total.view(np.int64)
-    if not (doubtful := (bits & 0x0FFF_FFFF) == 0).any():  # no result is near the middle of two float32
-        return total
+    return _to_odd(product, z, total) if ((total.view(np.int64) & 0x0FFF_FFFF) == 0).any() else total
+
+
+def fused_multiply_add_f32(x: Array, y: Array, z: Array) -> Array:
+    """x * y + z of float32, rounded once."""
+    product = x.astype(np.float64) * y
+    total = product + z
+    result = total.astype(np.float32)
+    middle = (total.view(np.int64) & 0x1FFF_FFFF) == 0x1000_0000  # of two float32: what was rounded off would decide
+    if middle.any() or ((np.abs(result) < np.finfo(np.float32).tiny) & (result != 0)).any():
+        return _to_odd(product, z, total).astype(np.float32)
+    return result
+
+
+def _to_odd(product: Array, z: Array, total: Array) -> Array:
+    """The float64 sum of two, `total`, moved to the neighbour whose last bit is 1 where it is not exact."""
     addend = np.broadcast_to(z, total.shape).astype(np.float64)
     part = total - product
     error = (product - (total - part)) + (addend - part)  # exact: total + error is the true sum
+    bits = total.view(np.int64)
     away = np.where((error > 0) == (total > 0), 1, -1)
-    fix = doubtful & (error != 0) & np.isfinite(total) & ((bits & 1) == 0)
-    return np.where(fix, bits + away, bits).view(np.float64)
+    inexact = (error != 0) & np.isfinite(total) & ((bits & 1) == 0)
+    return np.where(inexact, bits + away, bits).view(np.float64)

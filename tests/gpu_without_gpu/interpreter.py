@@ -135,7 +135,7 @@ class _Checked:
 
     def _check(self, pointers: Array, mask: Array, itemsize: int) -> None:
         addresses = np.broadcast_to(pointers, np.broadcast_shapes(pointers.shape, mask.shape))
-        if (chosen := addresses[np.broadcast_to(mask, addresses.shape)]).size:
+        if (chosen := addresses[np.broadcast_to(mask.astype(bool), addresses.shape)]).size:
             self.memory.check(chosen.astype(np.int64), itemsize)
 
     def load(self, pointers: Array, mask: Array, other: Array, kind: Any) -> Any:

@@ -8,6 +8,7 @@ lanes, else which.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -34,6 +35,16 @@ class Code:
     data: dict[str, Array]  # module-level name -> its bytes
 
 
+class Unwritten:
+    """In place of the values of a register that was never written. Whatever is done with values begins with a view."""
+
+    def __init__(self, register: Register) -> None:
+        self._name = register.name
+
+    def view(self, kind: object) -> Array:
+        raise GpuError(f"{self._name} is read before anything is written to it")
+
+
 class Batch:
     """The state of the blocks that run together."""
 
@@ -52,9 +63,9 @@ class Batch:
         self.num_blocks, self.num_threads = len(blocks), threads
         self.num_lanes = threads * len(blocks)
         self.memory = memory
-        self.shared = SharedMemory(len(blocks), shared_bytes, code.shared_unit)
+        self.shared = SharedMemory(len(blocks), shared_bytes, code.shared_unit, -(-threads // 32))
         self.copies = AsyncCopies(self.shared, self.num_lanes)
-        self.registers: list[Array | None] = [None] * len(code.kernel.registers)
+        self.registers: list[Any] = [Unwritten(register) for register in code.kernel.registers]
         self.parameters = dict(zip(code.kernel.parameters, parameters, strict=True))
         self.lanes = np.arange(self.num_lanes)
         self.block = self.lanes // threads  # of each lane
@@ -88,7 +99,7 @@ class Batch:
     def assign(self, register: Register, raw: Array, mask: Mask) -> None:
         if mask is not None:
             before = self.registers[register.index]
-            raw = np.where(mask, raw, UNSIGNED[register.bits](0) if before is None else before)
+            raw = np.where(mask, raw, ~UNSIGNED[register.bits](0) if isinstance(before, Unwritten) else before)
         self.registers[register.index] = raw
 
     def active(self, mask: Mask) -> Array:
@@ -144,28 +155,22 @@ class Batch:
                 continue
             if self._steps > MAX_STEPS:
                 raise StepLimit(f"more than {MAX_STEPS} instructions executed")
+            if active is not mask:  # the others go on behind it
+                self._join(position + 1, self._lanes(mask) & ~self._lanes(active))
             if instruction.opcode == "bra":
                 target = self.code.kernel.labels[instruction.operands[0].name]  # type: ignore[union-attr]
-                if active is not mask:
-                    self._join(position + 1, self._lanes(mask) & ~self._lanes(active))
-                elif not self._groups:
-                    position = target
-                    continue
-                return self._join(target, self._lanes(active))
-            if instruction.opcode in ("ret", "exit"):
+                if self._groups:
+                    return self._join(target, self._lanes(active))
+                position = target
+            elif instruction.opcode in ("ret", "exit"):
                 self._live &= ~self._lanes(active)
-                if active is not mask:
-                    self._join(position + 1, self._lanes(mask) & ~self._lanes(active))
                 return self._release()
-            # A barrier.
-            if active is None:
-                self.shared.epoch += 1
+            elif active is None:  # a barrier of all
+                self.shared.barrier(None)
                 position += 1
-                continue
-            if active is not mask:
-                self._join(position + 1, self._lanes(mask) & ~self._lanes(active))
-            self._waiting[position + 1] = self._waiting.get(position + 1, False) | active
-            return self._release()
+            else:
+                self._waiting[position + 1] = self._waiting.get(position + 1, False) | active
+                return self._release()
         self._join(position, self._lanes(mask))
 
     def _lanes(self, mask: Mask) -> Array:
@@ -174,9 +179,7 @@ class Batch:
     def _guarded(self, instruction: Instruction, mask: Mask) -> tuple[Mask, bool]:
         """The lanes whose guard holds, the very `mask` where that is all of them; and whether there are any."""
         assert instruction.guard is not None
-        holds = self.registers[instruction.guard.index]
-        if holds is None:
-            raise GpuError(f"{instruction.guard.name} is read before anything is written to it")
+        holds = self.registers[instruction.guard.index].view(np.bool_)
         if instruction.guard_negated:
             holds = ~holds
         if len(holds) == 1:
@@ -197,7 +200,7 @@ class Batch:
         ready = (waiting | ~self._live.reshape(self.num_blocks, -1)).all(1) & waiting.any(1)
         if not ready.any():
             return
-        self.shared.epoch += ready
+        self.shared.barrier(ready)
         go = np.repeat(ready, self.num_threads)
         for position, lanes in list(self._waiting.items()):
             if (lanes & go).any():

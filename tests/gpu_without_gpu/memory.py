@@ -101,8 +101,9 @@ class GlobalMemory:
         return _WORDS[bits][index : index + 1]
 
 
-_WARPS = 64  # tags are epoch * _WARPS + warp
-MANY = _WARPS - 1  # in place of a warp: more than one
+WARPS = 64  # tags are epoch * WARPS + warp
+MOST_READS = 256  # kept before they are noted
+MANY = WARPS - 1  # in place of a warp: more than one
 
 
 class SharedMemory:
@@ -113,20 +114,35 @@ class SharedMemory:
     passed. A write that changes nothing races with no other write: Triton replicates stores.
     """
 
-    def __init__(self, num_blocks: int, size: int, unit: int) -> None:
+    def __init__(self, num_blocks: int, size: int, unit: int, num_warps: int) -> None:
+        """`num_warps` of each block: one warp alone has nobody to race with."""
         self.size = size
         self.stride = (size + 1023) // 1024 * 1024  # swizzles of matrix descriptors need this alignment
         self.unit = unit
         self.data = np.full(num_blocks * self.stride, 0xFF, np.uint8)
-        self.epoch = np.ones(num_blocks, np.int32)
         self._words = {width: self.data.view(UNSIGNED[width]) for width in (8, 16, 32, 64)}
         self._vectors = {
             (width, count): words.reshape(-1, count)
             for width, words in self._words.items()
             for count in (1, 2, 4, 8, 16)
         }
+        self._epoch = np.ones(num_blocks, np.int32)  # barriers passed
         self._writer = np.zeros(len(self.data) // unit, np.int32)
         self._reader = np.zeros(len(self.data) // unit, np.int32)
+        # Since the last barrier of all blocks: was anything written, is anything in _reader, and reads yet to go there.
+        self._written = self._read = False
+        self._reads: list[tuple[Array, int, Array, Array]] = []
+        self._alone = num_warps == 1
+
+    def barrier(self, blocks: Array | None) -> None:
+        """All threads of these blocks have met; None: of all blocks. `blocks` is bool [num_blocks]."""
+        if blocks is None:
+            self._reads.clear()
+            self._written = self._read = False
+            self._epoch += 1
+        else:
+            self._note_reads()
+            self._epoch += blocks
 
     def place(self, addresses: Array, blocks: Array, size: int) -> Array:
         """Addresses within each block's memory -> indices of bytes, checked for `size` bytes each."""
@@ -142,35 +158,53 @@ class SharedMemory:
         return first if size == self.unit else first + np.arange(size // self.unit)
 
     def _tags(self, blocks: Array, warps: Array) -> tuple[Array, Array]:
-        start = self.epoch[blocks][:, None] * _WARPS
+        start = self._epoch[blocks][:, None] * WARPS
         return start, start + warps[:, None]
 
     def note_read(self, places: Array, size: int, blocks: Array, warps: Array) -> None:
-        units = self._units(places, size)
-        start, tags = self._tags(blocks, warps)
-        writer = self._writer[units]
-        if ((writer >= start) & (writer != tags)).any():
-            raise Race("read of what another warp wrote, with no barrier between")
-        before = self._reader[units]
-        now = np.where((before >= start) & (before != tags), start + MANY, tags)
-        self._reader[units] = now
-        clash = self._reader[units] != now  # several warps in this very read
-        if clash.any():
+        """`size` bytes at each place are about to be read by these warps, numbers within their blocks."""
+        if self._alone:
+            return
+        if self._written:
+            start, tags = self._tags(blocks, warps)
+            writer = self._writer[self._units(places, size)]
+            if ((writer >= start) & (writer != tags)).any():
+                raise Race("read of what another warp wrote, with no barrier between")
+        self._reads.append((places, size, blocks, warps))  # only a write before the next barrier needs to know
+        if len(self._reads) > MOST_READS:
+            self._note_reads()
+
+    def _note_reads(self) -> None:
+        for places, size, blocks, warps in self._reads:
+            units = self._units(places, size)
+            start, tags = self._tags(blocks, warps)
+            before = self._reader[units]
+            now = np.where((before >= start) & (before != tags), start + MANY, tags)
+            self._reader[units] = now
+            clash = self._reader[units] != now  # several warps in this very read
             self._reader[units[clash]] = np.broadcast_to(start + MANY, units.shape)[clash]
+            self._read = True
+        self._reads.clear()
 
     def note_write(self, places: Array, values: Array, blocks: Array, warps: Array) -> None:
         """`values` are the bytes, uint8 [n, size], about to be written."""
-        size = values.shape[1]
-        units = self._units(places, size)
+        if self._alone:
+            return
+        units = self._units(places, values.shape[1])
         start, tags = self._tags(blocks, warps)
-        reader, writer = self._reader[units], self._writer[units]
-        if ((reader >= start) & (reader != tags)).any():
-            raise Race("write over what another warp read, with no barrier between")
-        if (other := (writer >= start) & (writer != tags)).any():
-            differs = (self._vectors[8, self.unit][units] != values.reshape(len(units), -1, self.unit)).any(-1)
-            if (other & differs).any():
-                raise Race("write over what another warp wrote, with no barrier between")
+        self._note_reads()
+        if self._read:
+            reader = self._reader[units]
+            if ((reader >= start) & (reader != tags)).any():
+                raise Race("write over what another warp read, with no barrier between")
+        if self._written:
+            writer = self._writer[units]
+            if (other := (writer >= start) & (writer != tags)).any():
+                differs = (self._vectors[8, self.unit][units] != values.reshape(len(units), -1, self.unit)).any(-1)
+                if (other & differs).any():
+                    raise Race("write over what another warp wrote, with no barrier between")
         self._writer[units] = tags
+        self._written = True
 
     def load(self, places: Array, bits: int, count: int) -> Array:
         """Indices of bytes [n] -> unsigned [n, count]."""

@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-from gpu_without_gpu.errors import GpuError
 from gpu_without_gpu.formats import FORMATS, SIGNED, UNSIGNED, Array, Format
 from gpu_without_gpu.machine import Batch, Mask, Step
 from gpu_without_gpu.ptx import Address, Group, Immediate, Instruction, Negated, Operand, Register, Special
@@ -28,18 +27,12 @@ def opcode(*names: str) -> Callable[[Decoder], Decoder]:
 
 def _raw(instruction: Instruction, operand: Operand, bits: int) -> Read:
     if isinstance(operand, Register):
-        index, name = operand.index, operand.name
+        index, own, kind = operand.index, UNSIGNED[operand.bits], UNSIGNED[bits]
         if bits > operand.bits:
-            raise instruction.unsupported(f"{operand.bits}-bit operand {name}")
-        kind = UNSIGNED[bits]
-
-        def read(batch: Batch) -> Array:
-            values = batch.registers[index]
-            if values is None:
-                raise GpuError(f"{name} is read before anything is written to it")
-            return values
-
-        return read if bits == operand.bits else lambda batch: read(batch).astype(kind)
+            raise instruction.unsupported(f"{operand.bits}-bit operand {operand.name}")
+        if bits < operand.bits:
+            return lambda batch: batch.registers[index].view(own).astype(kind)
+        return lambda batch: batch.registers[index].view(kind)
     if isinstance(operand, Negated):
         inner = _raw(instruction, operand.register, bits)
         return lambda batch: ~inner(batch)
@@ -66,11 +59,14 @@ def source(instruction: Instruction, operand: Operand, kind: str) -> Read:
     raw, decode = _raw(instruction, operand, form.bits), form.decode
     if form.per_register > 1:
         return lambda batch: decode(batch.full(raw(batch)))
-    if kind[0] in "bu" and kind[1:].isdigit() or kind == "pred":
+    if form.view is None:
         return raw
     if isinstance(operand, Immediate):
         constant = decode(np.array([operand.value & ((1 << form.bits) - 1)], form.raw))
         return lambda batch: constant
+    if form.view and isinstance(operand, Register) and operand.bits == form.bits:
+        index, view = operand.index, form.view
+        return lambda batch: batch.registers[index].view(view)
     return lambda batch: decode(raw(batch))
 
 
@@ -128,6 +124,9 @@ def elementwise(
     if len(reads) == 2:
         first, second = reads
         return lambda batch, mask: write(batch, function(first(batch), second(batch)), mask)
+    if len(reads) == 3:
+        first, second, third = reads
+        return lambda batch, mask: write(batch, function(first(batch), second(batch), third(batch)), mask)
     return lambda batch, mask: write(batch, function(*[read(batch) for read in reads]), mask)
 
 

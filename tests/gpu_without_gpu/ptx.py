@@ -98,6 +98,8 @@ class Kernel:
     data: dict[str, bytes] = field(default_factory=dict)  # module-level .global name -> contents
 
 
+_NUMBER = re.compile(r"(-?(?:0x[0-9a-fA-F]+|\d+))U?|0[fFdD]([0-9a-fA-F]+)")
+_BLANK = re.compile(r"\s*")
 _LABEL = re.compile(r"([$\w]+):")
 _STATEMENT = re.compile(r"(?:@(!?)(%?[\w$]+)\s+)?([a-z][\w.:]*)\s*(.*)", re.DOTALL)
 _SOURCE = re.compile(r"^\s*\.loc\b[^\n]*?//\s*(\S+:\d+)[^\n]*$", re.MULTILINE)
@@ -142,7 +144,7 @@ class _Body:
         text = re.sub(r"//[^\n]*|^\s*\.loc\b[^\n]*", "", text, flags=re.MULTILINE)
         position = 0
         while self.scopes:
-            position = re.compile(r"\s*").match(text, position).end()  # type: ignore[union-attr]
+            position = _BLANK.match(text, position).end()  # type: ignore[union-attr]
             if text[position] == "{":
                 self.scopes.append({})
                 position += 1
@@ -211,6 +213,9 @@ class _Body:
 
     def operand(self, text: str) -> Operand:
         text = text.strip()
+        for scope in reversed(self.scopes):
+            if text in scope:
+                return scope[text]
         if text.startswith("["):
             base, _, offset = text[1:-1].replace(" ", "").partition("+")
             inner = self.operand(base)
@@ -223,13 +228,8 @@ class _Body:
             return Group(tuple(self.operand(part) for part in text.split("|")))
         if text.startswith("!"):
             return Negated(self.register(text[1:]))
-        if re.fullmatch(r"0[fFdD][0-9a-fA-F]+", text):
-            return Immediate(int(text[2:], 16))
-        if re.fullmatch(r"-?(0x[0-9a-fA-F]+|\d+)U?", text):
-            return Immediate(int(text.rstrip("U"), 0))
-        for scope in reversed(self.scopes):
-            if text in scope:
-                return scope[text]
+        if number := _NUMBER.fullmatch(text):
+            return Immediate(int(number.group(2), 16) if number.group(2) else int(number.group(1), 0))
         return Special(text)
 
 

@@ -41,8 +41,9 @@ def extremes(x_ptr, y_ptr, out_ptr, BLOCK: tl.constexpr):
 def copy_rows(x_ptr, out_ptr, x_stride, num_columns, factor, BLOCK: tl.constexpr):
     columns = tl.arange(0, BLOCK)
     row = tl.program_id(0).to(tl.int64)
-    x = tl.load(x_ptr + row * x_stride + columns, mask=columns < num_columns)
-    tl.store(out_ptr + row * x_stride + columns, (x * factor).to(x.dtype), mask=columns < num_columns)
+    mask = (row >= 0) & (columns < num_columns)  # of a scalar and a block
+    x = tl.load(x_ptr + row * x_stride + columns, mask=mask)
+    tl.store(out_ptr + row * x_stride + columns, (x * factor).to(x.dtype), mask=mask)
 
 
 @triton.jit

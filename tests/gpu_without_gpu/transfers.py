@@ -29,7 +29,8 @@ def _access(instruction: Instruction, extra: str = "") -> tuple[bool, str, int]:
     return bool(flags & SHARED), instruction.types[0], count
 
 
-def _mask_lanes(batch: Batch, values: Array, lanes: Array) -> Array:
+def _of(lanes: Array, values: Array) -> Array:
+    """The values of these lanes, out of those of all, or the one that all share."""
     return np.repeat(values, len(lanes)) if len(values) == 1 else values if len(lanes) == len(values) else values[lanes]
 
 
@@ -48,7 +49,7 @@ def _load(instruction: Instruction) -> Step:
 
     def load(batch: Batch, mask: Mask) -> None:
         lanes = batch.active(mask)
-        addresses = _mask_lanes(batch, where(batch), lanes)
+        addresses = _of(lanes, where(batch))
         if shared:
             places = _read_shared(batch, lanes, addresses, bits // 8 * count)
             rows = batch.shared.load(places, bits, count)
@@ -102,8 +103,8 @@ def _store(instruction: Instruction) -> Step:
 
     def store(batch: Batch, mask: Mask) -> None:
         lanes = batch.active(mask)
-        addresses = _mask_lanes(batch, where(batch), lanes)
-        rows = np.stack([_mask_lanes(batch, read(batch), lanes) for read in reads], axis=1)
+        addresses = _of(lanes, where(batch))
+        rows = np.stack([_of(lanes, read(batch)) for read in reads], axis=1)
         if shared:
             _write_shared(batch, lanes, addresses, rows)
         else:
@@ -142,10 +143,10 @@ def _atomic(instruction: Instruction) -> Step:
 
     def atomic(batch: Batch, mask: Mask) -> None:
         lanes = batch.active(mask)
-        addresses = _mask_lanes(batch, where(batch), lanes)
+        addresses = _of(lanes, where(batch))
         if shared:
             places = batch.shared.place(addresses, batch.block[lanes], form.bits // 8)
-        operands = [_mask_lanes(batch, read(batch), lanes) for read in reads]
+        operands = [_of(lanes, read(batch)) for read in reads]
         before = np.empty(len(lanes), form.raw)
         for i in range(len(lanes)):  # one thread after another, in their order
             if shared:
@@ -196,13 +197,13 @@ def _async_copy(instruction: Instruction) -> Step:
     def copy(batch: Batch, mask: Mask) -> None:
         lanes = batch.active(mask)
         blocks = batch.block[lanes]
-        places = batch.shared.place(_mask_lanes(batch, to(batch), lanes), blocks, size)
-        origins = _mask_lanes(batch, at(batch), lanes)
+        places = batch.shared.place(_of(lanes, to(batch)), blocks, size)
+        origins = _of(lanes, at(batch))
         values = np.zeros((len(lanes), size), np.uint8)
         if read_size is None:
             values[:] = batch.memory.bytes(origins, size)
         else:  # bytes beyond the given size are zeros, and are not read
-            sizes = _mask_lanes(batch, read_size(batch), lanes)
+            sizes = _of(lanes, read_size(batch))
             if ((sizes != 0) & (sizes != size)).any():
                 raise GpuError("an asynchronous copy of a part of its size")
             if (some := sizes > 0).any():
@@ -282,7 +283,7 @@ def _members(instruction: Instruction) -> Step:
 
     def check(batch: Batch, mask: Mask) -> None:
         batch.whole_warps(mask)
-        if (_mask_lanes(batch, members(batch), batch.active(mask)) != 0xFFFF_FFFF).any():
+        if (_of(batch.active(mask), members(batch)) != 0xFFFF_FFFF).any():
             raise GpuError("a membermask of less than the warp")
 
     return check
