@@ -108,14 +108,14 @@ void some_rows(const Args& a, int64_t row, int rows, int64_t panel, const char* 
 // All rows, in passes of about equal size over the panels. Where these come from memory in the first pass and from the
 // cache in the others, the others have memory bring the panels to come.
 template <typename T, typename O, int NP>
-void rows_of_panels(const Args& a, int64_t panel) {
+void rows_of_panels(const Args& a, int64_t panel, int64_t end) {
     const int64_t passes = (a.m + MAX_ROWS - 1) / MAX_ROWS;
     const char* next = (const char*)((const T*)a.weight + (panel + NP) * a.k * LANES);
     int64_t row = 0;
     for (int64_t pass = 0; pass < passes; pass++) {
         int64_t lines = 0;
-        if (passes > 1 && passes <= NP) lines = (NP + passes - 1) / passes;
-        else if (passes > NP && passes <= MANY_PASSES && pass > 0 && pass <= NP) lines = 1;
+        if (panel + NP < end && passes > 1 && passes <= MANY_PASSES)  // past the end another thread may be at work
+            lines = passes <= NP ? (NP + passes - 1) / passes : pass > 0 && pass <= NP;
         const int rows = (int)((a.m - row) / (passes - pass));
         some_rows<T, O, NP>(a, row, rows, panel, next, lines);
         next += lines * (a.k / STEP<T>) * LINE;
@@ -126,11 +126,11 @@ void rows_of_panels(const Args& a, int64_t panel) {
 template <typename T, typename O>
 void panels(const Args& a, int64_t begin, int64_t end) {
     int64_t p = begin;
-    for (; p + MAX_PANELS <= end; p += MAX_PANELS) rows_of_panels<T, O, MAX_PANELS>(a, p);
+    for (; p + MAX_PANELS <= end; p += MAX_PANELS) rows_of_panels<T, O, MAX_PANELS>(a, p, end);
     if constexpr (MAX_PANELS == 4) {
-        if (end - p >= 2) rows_of_panels<T, O, 2>(a, p), p += 2;
+        if (end - p >= 2) rows_of_panels<T, O, 2>(a, p, end), p += 2;
     }
-    if (p < end) rows_of_panels<T, O, 1>(a, p);
+    if (p < end) rows_of_panels<T, O, 1>(a, p, end);
 }
 
 #if defined(__AMX_BF16__)
@@ -256,17 +256,17 @@ void panels_by_tiles(const Args& a, int64_t begin, int64_t end) {
 }
 #endif
 
-// Panels that a thread takes at a time: few enough that all threads end at about the same time, as many as the registers
-// hold where there are many. Always an even number, so that no two threads write to one cache line of the results.
+// Panels that a thread takes at a time: as many as leave each thread three takes, or fewer where all threads then end at
+// about the same time. Always an even number, so that no two threads write to one cache line of the results.
 int64_t panels_at_a_time(int64_t num_panels) {
-    const int64_t threads = num_threads();
-    int64_t best = 2, least = INT64_MAX;
-    for (int64_t size = MAX_PANELS; size >= 2; size -= 2) {
+    const int64_t threads = num_threads(), most = std::max<int64_t>(2, num_panels / (threads * 3) / 2 * 2);
+    int64_t best = most, least = INT64_MAX;
+    for (int64_t size = most; 2 * size > most; size -= 2) {
         const int64_t takes = (num_panels + size - 1) / size;
         const int64_t longest = (takes + threads - 1) / threads * size;  // panels of the busiest thread
         if (longest < least) best = size, least = longest;
     }
-    return best * std::max<int64_t>(1, num_panels / (best * threads * 8));
+    return best;
 }
 
 #if defined(__AMX_BF16__)
