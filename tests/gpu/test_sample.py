@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -227,6 +228,8 @@ def test_equals_go_by_id(device: torch.device) -> None:
         assert len(set(ids.tolist())) >= min(limit, 3)
     logits.fill_(2.0**23)  # noise is rounded to whole numbers
     assert_same(on_gpu(call, device), natively(call))
+    two = (logits[:, :2].contiguous(), *call[1:])
+    assert_same(on_gpu(two, device), natively(two))
 
 
 def test_penalties_by_hand(device: torch.device) -> None:
@@ -238,6 +241,12 @@ def test_penalties_by_hand(device: torch.device) -> None:
     rows = rows_of({**row, "edits_begin": 0, "edits_end": 1}, {**row, "edits_begin": 1, "edits_end": 2})
     bias = np.array([(3, 1.7), (3, 1.8)], EDIT)
     assert on_gpu((logits, rows, tokens, bias, ALL_ALLOWED), device).token_ids.tolist() == [1, 3]
+    # Fused, the penalty of token 3 would be 3, and token 3 behind token 4.
+    penalty = np.float32(0.3) + np.float32(0.9) * np.float32(3)
+    assert penalty < 3
+    logits = torch.tensor([[-9.0, -9.0, -9.0, 0.0, -float(penalty)]])
+    rows = rows_of({**row, "repetition_penalty": 1.0, "presence_penalty": 0.3, "frequency_penalty": 0.9})
+    assert on_gpu((logits, rows, tokens, NO_EDITS, ALL_ALLOWED), device).token_ids.tolist() == [3]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -289,6 +298,12 @@ def test_exp_and_log_are_those_of_the_cpu(vec_h: ctypes.CDLL, device: torch.devi
     np.testing.assert_array_equal(logs[valid], want[1].view(np.int32)[valid])
 
 
-def test_every_variant_has_a_name_of_its_own() -> None:
-    names = [each.name for each in gpu.variants()]
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="nothing is compiled")
+def test_compiled_code_rounds_as_written() -> None:
+    """Without a GPU approximate instructions are executed exactly, so that no result would betray them."""
+    names = []
+    for each in gpu.variants():
+        names.append(each.name)
+        assert not re.findall(r"\.approx|\.ftz|div\.full", each.compile().asm["ptx"])
     assert len(names) == len(set(names)) == 4
