@@ -121,12 +121,14 @@ public:
             f32x16 top = splat(NEG_INF), sums[SHARD_VECTORS] = {};
             for (int64_t i = begin; i < end; i += LANES) top = max(top, load_partial(raw_ + i, end - i, NEG_INF));
             shard_max[s] = max_lanes(top);
-            if (shard_max[s] > NEG_INF)
-                for (int64_t i = begin; i < end; i += SHARD_VECTORS * LANES)
-                    for (int v = 0; v < SHARD_VECTORS && i + v * LANES < end; v++) {
-                        const f32x16 x = load_partial(raw_ + i + v * LANES, end - i - v * LANES, NEG_INF);
-                        sums[v] = sums[v] + exp(x - splat(shard_max[s]));
-                    }
+            if (shard_max[s] > NEG_INF) {
+                const f32x16 origin = splat(shard_max[s]);
+                int64_t i = begin;
+                for (; i + SHARD_VECTORS * LANES <= end; i += SHARD_VECTORS * LANES)
+                    for (int v = 0; v < SHARD_VECTORS; v++) sums[v] = sums[v] + exp(load(raw_ + i + v * LANES) - origin);
+                for (int v = 0; i < end; i += LANES, v++)
+                    sums[v] = sums[v] + exp(load_partial(raw_ + i, end - i, NEG_INF) - origin);
+            }
             for (int half = SHARD_VECTORS / 2; half > 0; half /= 2)
                 for (int v = 0; v < half; v++) sums[v] = sums[v] + sums[v + half];
             shard_sum[s] = sum_lanes(sums[0]);
