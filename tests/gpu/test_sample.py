@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-import octavo.kernels.sample as door
+from octavo.kernels import backend
 from octavo.kernels.cpu.build import FLAGS, FOLDER, VARIANTS
 from octavo.kernels.cpu.library import library, variant
 from octavo.kernels.gpu import math
@@ -61,7 +61,8 @@ def on_gpu(call: Call, device: torch.device) -> Sampled:
 
 def natively(call: Call) -> Sampled:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(door, "kernels", lambda: "native")
+        patch.setattr(backend, "_kernels", "native")
+        patch.setattr(backend, "_device", torch.device("cpu"))
         return sample(*call)
 
 
