@@ -129,7 +129,7 @@ def test_chooses_what_the_native_op_chooses(vocab: int, count: int, device: torc
     got = on_gpu(call, device)
     assert_same(got, natively(call))
     assert 0 < (got.token_ids == NOT_FINITE).sum() < 9
-    assert len(set(got.token_ids.tolist())) > min(vocab, 10)
+    assert len(set(got.token_ids.tolist())) > min(vocab, 8)
 
 
 @needs_native
