@@ -68,25 +68,37 @@ inline void finish_row(const Args& a, int64_t row, int64_t panel, const float* s
         for (int j = 0; j < NP; j++) finish<O>(a, row, panel + j, load(sums + j * step));
 }
 
-// MR rows by NP panels. `next`: of the lines there, `lines` for each step over k are brought to the cache meanwhile.
+// Columns [begin, end) of k, and what memory is to bring meanwhile: as many elements of `num_next` panels from `next` on.
+struct Chunk {
+    int64_t begin, end;
+    const void* next;
+    int num_next;
+};
+
+// MR rows by NP panels. `sums`, [MR][NP][16], hold those of the chunks before, and take those of this one unless it is
+// the last.
 template <typename T, typename O, int MR, int NP>
-void tile(const Args& a, int64_t row, int64_t panel, const char* next, int64_t lines) {
+void tile(const Args& a, int64_t row, int64_t panel, float* sums, const Chunk& chunk) {
     constexpr int KS = STEP<T>;
     const T* x = (const T*)a.x + row * a.x_stride;
     const int64_t panel_size = a.k * LANES;
     const T* w = (const T*)a.weight + panel * panel_size;
     f32x16 acc[MR][NP];
     for (int i = 0; i < MR; i++)
-        for (int j = 0; j < NP; j++) acc[i][j] = splat(0.0f);
-    for (int64_t k = 0; k < a.k; k += KS) {
-        for (int64_t i = 0; i < lines; i++, next += LINE) __builtin_prefetch(next, 0, 2);
+        for (int j = 0; j < NP; j++) acc[i][j] = chunk.begin ? load(sums + (i * NP + j) * LANES) : splat(0.0f);
+    const T* next = (const T*)chunk.next;
+    for (int64_t k = chunk.begin; k < chunk.end; k += KS, next += KS * LANES) {
+        for (int i = 0; i < chunk.num_next; i++) __builtin_prefetch(next + i * panel_size, 0, 2);
 #pragma GCC unroll 16
         for (int i = 0; i < MR; i++)
 #pragma GCC unroll 8
             for (int j = 0; j < NP; j++)
                 acc[i][j] = step(acc[i][j], x + i * a.x_stride + k, w + j * panel_size + k * LANES);
     }
-    for (int i = 0; i < MR; i++) finish_row<O, NP>(a, row + i, panel, (const float*)acc[i], LANES);
+    for (int i = 0; i < MR; i++)
+        if (chunk.end == a.k) finish_row<O, NP>(a, row + i, panel, (const float*)acc[i], LANES);
+        else
+            for (int j = 0; j < NP; j++) store(sums + (i * NP + j) * LANES, acc[i][j]);
 }
 
 // Accumulators that fit the registers: 32 of 512 bits, or 16 of 256 (a vector takes two).
@@ -95,31 +107,41 @@ constexpr int MAX_ROWS = 6, MAX_PANELS = 4;
 #else
 constexpr int MAX_ROWS = 3, MAX_PANELS = 2;
 #endif
-constexpr int64_t MANY_PASSES = 11;  // beyond them memory has so little to do that fetching ahead only costs
+// Passes up to which a weight is taken in chunks of k, and memory brings the next chunk while the cache has this one for
+// all passes but the first. Beyond them memory has so little to do that it would only cost.
+constexpr int64_t FEW_PASSES = 11, CHUNK = 512;
 
 template <typename T, typename O, int NP, int MR = MAX_ROWS>
-void some_rows(const Args& a, int64_t row, int rows, int64_t panel, const char* next, int64_t lines) {
+void some_rows(const Args& a, int64_t row, int rows, int64_t panel, float* sums, const Chunk& chunk) {
     if constexpr (MR > 0) {
-        if (rows == MR) tile<T, O, MR, NP>(a, row, panel, next, lines);
-        else some_rows<T, O, NP, MR - 1>(a, row, rows, panel, next, lines);
+        if (rows == MR) tile<T, O, MR, NP>(a, row, panel, sums, chunk);
+        else some_rows<T, O, NP, MR - 1>(a, row, rows, panel, sums, chunk);
     }
 }
 
-// All rows, in passes of about equal size over the panels. Where these come from memory in the first pass and from the
-// cache in the others, the others have memory bring the panels to come.
+// All rows by NP panels, in passes of about equal size. Panels from `end` on are another thread's.
 template <typename T, typename O, int NP>
 void rows_of_panels(const Args& a, int64_t panel, int64_t end) {
-    const int64_t passes = (a.m + MAX_ROWS - 1) / MAX_ROWS;
-    const char* next = (const char*)((const T*)a.weight + (panel + NP) * a.k * LANES);
-    int64_t row = 0;
-    for (int64_t pass = 0; pass < passes; pass++) {
-        int64_t lines = 0;
-        if (panel + NP < end && passes > 1 && passes <= MANY_PASSES)  // past the end another thread may be at work
-            lines = passes <= NP ? (NP + passes - 1) / passes : pass > 0 && pass <= NP;
-        const int rows = (int)((a.m - row) / (passes - pass));
-        some_rows<T, O, NP>(a, row, rows, panel, next, lines);
-        next += lines * (a.k / STEP<T>) * LINE;
-        row += rows;
+    const int64_t passes = (a.m + MAX_ROWS - 1) / MAX_ROWS, panel_size = a.k * LANES;
+    const bool few = passes > 1 && passes <= FEW_PASSES;
+    const int64_t num_chunks = few ? std::max<int64_t>(1, a.k / CHUNK) : 1;
+    const int64_t size = (a.k / num_chunks + 1) / 2 * 2;
+    const T* w = (const T*)a.weight + panel * panel_size;
+    alignas(64) float sums[FEW_PASSES * MAX_ROWS * NP * LANES];
+    for (int64_t begin = 0; begin < a.k; begin += size) {
+        Chunk chunk{begin, std::min(a.k, begin + size), nullptr, 0};
+        const T* next = chunk.end < a.k ? w + chunk.end * LANES : panel + NP < end ? w + NP * panel_size : nullptr;
+        const int share = passes > NP ? 1 : (int)((NP + passes - 1) / passes);  // panels that a pass brings
+        int64_t row = 0;
+        for (int64_t pass = 0; pass < passes; pass++) {
+            const int rows = (int)((a.m - row) / (passes - pass));
+            const int64_t first = (passes > NP ? pass - 1 : pass) * share;
+            const bool brings = few && next && first >= 0 && first < NP;
+            chunk.next = next + (brings ? first * panel_size : 0);
+            chunk.num_next = brings ? (int)std::min<int64_t>(share, NP - first) : 0;
+            some_rows<T, O, NP>(a, row, rows, panel, sums + (few ? row * NP * LANES : 0), chunk);
+            row += rows;
+        }
     }
 }
 
