@@ -1,5 +1,5 @@
 # Octavo's everyday commands. Each sets up what it needs; a second run is quick.
-#   ARGS=...             extra arguments of serve and test
+#   ARGS=...             extra arguments of serve, test and test-kernels
 #   MODEL=...            what to serve: a Hugging Face folder or a pulled name
 #   TORCH_INDEX_URL=...  an additional package index for torch, for instance https://download.pytorch.org/whl/cpu;
 #                        without it pip takes the CUDA build, unless it already knows a source of the CPU build
@@ -13,11 +13,11 @@ NATIVE := $(VENV)/.native
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install serve test check fix clean
+.PHONY: help install serve test test-kernels compile-matrix gpu check fix clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1@/p' $(MAKEFILE_LIST) | awk -F@ '{printf "make %-9s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## /\1@/p' $(MAKEFILE_LIST) | awk -F@ '{printf "make %-15s %s\n", $$1, $$2}'
 	@sed -n 's/^#   /  /p' $(MAKEFILE_LIST)
 
 install: $(NATIVE)  ## set up .venv with everything, native CPU kernels included
@@ -42,8 +42,20 @@ serve: $(NATIVE)  ## serve MODEL, else the default model (fetched once), on port
 	@$(if $(MODEL),,$(BIN)/octavo pull >/dev/null)
 	@exec $(BIN)/octavo serve $(MODEL) $(ARGS)
 
-test: $(NATIVE)  ## run the tests
-	@$(BIN)/python -m pytest $(ARGS)
+test: $(NATIVE)  ## run the tests, but for those of test-kernels
+	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+# Triton's interpreter cannot share a process with its compiler.
+test-kernels: $(NATIVE)  ## run the slow tests, and all of the GPU kernels' as for sm_80, for sm_90 and in Triton's interpreter
+	@$(BIN)/python -m pytest -m slow $(ARGS)
+	@GPU_WITHOUT_GPU_ARCH=90 $(BIN)/python -m pytest tests/gpu --ignore tests/gpu/test_compile.py $(ARGS)
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/gpu --ignore tests/gpu/test_compile.py $(ARGS)
+
+compile-matrix: $(NATIVE)  ## renew the snapshot of what compilers make of the GPU kernels, and docs/kernels.md
+	@PYTHONPATH=tests $(BIN)/python -m gpu.compile_matrix
+
+gpu: $(NATIVE)  ## where there is a GPU: test the kernels on it, compare with what is executed without, time them in docs/gpu.md
+	@PYTHONPATH=tests $(BIN)/python -m gpu.on_gpu
 
 check: $(PACKAGES)  ## check format, lint and types; changes nothing
 	@$(BIN)/ruff format --check .

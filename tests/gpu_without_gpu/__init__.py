@@ -16,11 +16,14 @@ from gpu_without_gpu.driver import activate, compile_only, run_ptx
 __all__ = ["compile_only", "install", "run_ptx"]
 
 
-def install(arch: int = 80) -> None:
+def install(arch: int | None = None) -> None:
     """Let Triton launch without a GPU, compiling for sm_80 or sm_90; call it again to switch.
 
+    The default is $GPU_WITHOUT_GPU_ARCH, else 80.
     With TRITON_INTERPRET=1 in the environment (before triton is imported), Triton's own interpreter is mended instead.
     """
+    if arch is None:
+        arch = int(os.environ.get("GPU_WITHOUT_GPU_ARCH", "80"))
     if arch not in (80, 90):
         raise ValueError(f"arch is {arch}, expected 80 or 90: only those are executed")
     activate(GPUTarget("cuda", arch, 32))
