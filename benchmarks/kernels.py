@@ -87,7 +87,7 @@ class Work:
     op: str
     num_bytes: int
     flops: int
-    prepare: Callable[[], Callable[[], object]]  # makes the tensors
+    prepare: Callable[[], Callable[[], object]]  # makes the tensors; the call returns what it has written
 
 
 SHAPES = {
@@ -101,7 +101,7 @@ GPU_MATMUL_SIZE = 8192
 
 
 def _random(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    return torch.randn(*shape, device=backend.device()).to(dtype)
+    return torch.randn(*shape).to(backend.device(), dtype)  # the same on every device
 
 
 def _weight(n: int, k: int, dtype: torch.dtype, num_parts: int = 1) -> PackedWeight:
@@ -132,7 +132,7 @@ def _cache(shape: Shape, load: Load, types: Types) -> tuple[Tensor, Tensor | Non
     cache = _random((num_blocks, 2, shape.num_kv_heads, types.block_size, shape.head_size), torch.bfloat16)
     scales = None
     if types.cache_dtype in QUANTISED:
-        scales = torch.rand(cache.shape[:-1], device=cache.device)
+        scales = torch.rand(cache.shape[:-1]).to(cache.device)
     tables = torch.randperm(num_blocks).view(load.num_sequences, width).int()
     return cache.to(types.cache_dtype), scales, tables.to(cache.device)
 
@@ -180,7 +180,12 @@ def _rotary(shape: Shape, load: Load, types: Types) -> Work:
         new = torch.arange(load.context_len - load.query_len, load.context_len, device=qkv.device)
         slots = tables[:, new // types.block_size].long() * types.block_size + new % types.block_size
         positions = new.int().repeat(load.num_sequences)
-        return lambda: rotary_kv_write(qkv, table, positions, slots.view(-1), cache, shape.num_heads, scales)
+
+        def call() -> tuple[Tensor | None, ...]:
+            rotary_kv_write(qkv, table, positions, slots.view(-1), cache, shape.num_heads, scales)
+            return qkv, cache, scales
+
+        return call
 
     return Work("rotary_kv_write", tokens * token_bytes, 3 * tokens * num_rotated * size, prepare)
 
@@ -191,7 +196,7 @@ def _rms_norm(shape: Shape, load: Load, dtype: torch.dtype) -> Work:
     def prepare() -> Callable[[], object]:
         x, residual = (_random((tokens, size), dtype) for _ in range(2))
         weight, out = _random((size,), torch.float32), torch.empty_like(x)
-        return lambda: rms_norm(x, weight, 1e-5, out, residual)
+        return lambda: (rms_norm(x, weight, 1e-5, out, residual), residual)
 
     return Work("rms_norm with residual", 4 * tokens * size * dtype.itemsize + 4 * size, 5 * tokens * size, prepare)
 
@@ -221,7 +226,12 @@ def _all_reduce(shape: Shape, load: Load, dtype: torch.dtype) -> Work:
     def prepare() -> Callable[[], object]:
         parts = _random((NUM_RANKS, size), dtype)
         out = torch.empty_like(parts[0])
-        return lambda: _sum_ranks(parts, out)
+
+        def call() -> Tensor:
+            _sum_ranks(parts, out)
+            return out
+
+        return call
 
     return Work(
         f"all_reduce, sum of {NUM_RANKS}", (NUM_RANKS + 1) * size * dtype.itemsize, (NUM_RANKS - 1) * size, prepare
@@ -237,7 +247,7 @@ def _sample(shape: Shape, load: Load) -> Work:
         parameters["temperature"], parameters["top_p"], parameters["repetition_penalty"] = 1.0, 1.0, 1.0
         parameters["slot"], parameters["num_top"], parameters["target"] = range(rows), -1, -1
         tokens = torch.zeros((rows, 1), dtype=torch.int32, device=logits.device)
-        return lambda: sample(logits, parameters, tokens, np.array([], EDIT), np.array([], np.int32))
+        return lambda: sample(logits, parameters, tokens, np.array([], EDIT), np.array([], np.int32)).token_ids
 
     return Work("sample", rows * shape.vocab * 4, 0, prepare)
 
