@@ -204,8 +204,12 @@ def text(lines: Iterable[Compiled]) -> str:
 
 
 def main() -> None:
-    """Renews the snapshot."""
-    SNAPSHOT.write_text(text(matrix()))
+    """Renews the snapshot, and the page that is made of it."""
+    from gpu.kernels_page import PAGE, page
+
+    lines = matrix()
+    SNAPSHOT.write_text(text(lines))
+    PAGE.write_text(page(lines))
 
 
 if __name__ == "__main__":

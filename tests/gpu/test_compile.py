@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from gpu.compile_matrix import RENEW, SNAPSHOT, Compiled, compile_variant, matrix, ops, text, thinned
+from gpu.kernels_page import PAGE, compiled_table, estimates_table
 
 from octavo.kernels.gpu.variant import Variant
 
@@ -27,6 +28,14 @@ def test_the_snapshot_is_up_to_date(lines: list[Compiled]) -> None:
     )
     differs = "\n".join(difference)
     assert not differs, f"{differs}\nIf this is as it should be, renew the snapshot: {RENEW}"
+
+
+@pytest.mark.slow
+def test_the_page_is_up_to_date(lines: list[Compiled]) -> None:
+    """But for the numbers of tests, which change often."""
+    shown = PAGE.read_text()
+    for table in (compiled_table(lines), estimates_table()):
+        assert table in shown, f"docs/kernels.md is not up to date: {RENEW}"
 
 
 @pytest.mark.slow
