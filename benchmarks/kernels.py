@@ -305,7 +305,7 @@ def seconds(call: Callable[[], object], num_tries: int) -> float:
             start_s = time.perf_counter()
             call()
             times_s.append(time.perf_counter() - start_s)
-    return median(times_s[1:])
+    return float(median(times_s[1:]))
 
 
 def ceiling(dtype: torch.dtype) -> Machine:

@@ -83,8 +83,9 @@ def thinned(variants: Iterable[Variant]) -> list[Variant]:
         return left
 
     def pairs(variant: Variant) -> set[tuple[object, ...]]:
-        dtypes = [(at, str(arg)) for at, arg in enumerate(variant.args) if arg is None or isinstance(arg, torch.dtype)]
-        traits = [*dtypes, *sorted(variant.options.items())]
+        first, *others = (arg for arg in variant.args if arg is None or isinstance(arg, torch.dtype))
+        dtypes = [str(first), *("as the first" if arg == first else str(arg) for arg in others)]
+        traits = [*enumerate(dtypes), *sorted(variant.options.items())]
         return {(variant.kernel.__name__, *pair) for pair in itertools.combinations(traits, 2)}
 
     wanted: set[tuple[object, ...]] = set().union(*map(pairs, left))
@@ -110,8 +111,8 @@ def _nvidia(kernel: Any, target: str) -> dict[str, Any]:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage, code = (
-            subprocess.run([TOOLS / tool, flag, file.name], capture_output=True, text=True, check=True).stdout
-            for tool, flag in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+            subprocess.run([TOOLS / tool, *flags, file.name], capture_output=True, text=True, check=True).stdout
+            for tool, *flags in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c", "-ndf"))
         )
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found

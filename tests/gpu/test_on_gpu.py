@@ -32,13 +32,10 @@ def check_beside_executed(arch: int, file: Path) -> None:
         for got, want in zip(tensors, executed[name], strict=True):
             assert got.dtype == want.dtype and not got.float().isnan().any(), name
             tolerance = 0.0 if is_exact(name) else TOLERANCES[got.dtype]
-            torch.testing.assert_close(
-                got.double(),
-                want.double(),
-                atol=tolerance,
-                rtol=tolerance,
-                msg=lambda text, name=name: f"{name}: {text}",
-            )
+            try:
+                torch.testing.assert_close(got.double(), want.double(), atol=tolerance, rtol=tolerance)
+            except AssertionError as error:
+                raise AssertionError(name) from error
 
 
 @pytest.mark.slow
