@@ -63,10 +63,10 @@ def paged_attention(
     checked against their ranges. Raises ValueError on a wrong argument. Online softmax: Milakov and Gimelshein, arXiv
     1805.02867.
 
-    Of Triton's kernels and plain torch alone: a cache of int8 or float8_e4m3fn with `kv_scales`, as
-    `rotary_kv_write` leaves them; soft_cap: scores become soft_cap * tanh(score / soft_cap), 0 for off; lse: [tokens,
-    num_heads] float32, is filled with the natural logarithm of each softmax's denominator. Sequences without new tokens
-    may be among the others, and tokens past token_begins' last are left alone.
+    Of Triton's kernels and plain torch alone: a cache of int8 or float8_e4m3fn with `kv_scales`, as `rotary_kv_write`
+    leaves them, for queries of 16 bits; soft_cap: scores become soft_cap * tanh(score / soft_cap), 0 for off; lse:
+    [tokens, num_heads] float32, is filled with the natural logarithm of each softmax's denominator. Sequences without
+    new tokens may be among the others, and tokens past token_begins' last are left alone.
 
     max_query_len and max_context_len bound the new and the cached tokens of any sequence; by default the tokens of the
     call and the width of the tables do. Triton's kernels derive their launch from these and the shapes, never from
@@ -74,7 +74,8 @@ def paged_attention(
     """
     check_cache(kv_cache, kv_scales)
     _, _, num_kv_heads, block_size, head_size = kv_cache.shape
-    check(qkv, "qkv", (None, None), compute_dtypes() if kv_scales is not None else kv_cache.dtype)
+    halves = [dtype for dtype in compute_dtypes() if dtype != torch.float32]
+    check(qkv, "qkv", (None, None), halves if kv_scales is not None else kv_cache.dtype)
     check(block_tables, "block_tables", (None, None), torch.int32)
     sequences = block_tables.shape[0]
     check(token_begins, "token_begins", (sequences + 1,), torch.int32)

@@ -7,6 +7,7 @@ by itself in the order of the head or of the keys; maxima have no order. So a qu
 that share its tile, nor on the number of rows or warps of a tile, nor on which programs work on the pieces.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from octavo.kernels.backend import device
 from octavo.kernels.gpu.device import num_processors
+from octavo.kernels.gpu.variant import Variant
 
 PIECE = 1024  # keys that one program sums up by itself; a multiple of every tile
 LOG2_E = 1.4426950408889634
@@ -254,24 +256,84 @@ def merge_kernel(
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """How `attend_kernel` is compiled for a launch. `tile` may depend on the types and the head size alone."""
+    """How `attend_kernel` is compiled for a launch. Only `tile` matters to the bits."""
 
     block_m: int
     tile: int
     num_warps: int
-    num_stages: int = 3
+    num_stages: int
+    max_registers: int  # told to the assembler, which otherwise spills to get below bounds of its own
 
 
 def config_of(dtype: torch.dtype, cache_dtype: torch.dtype, head_size: int, rows_per_sequence: int) -> Config:
     """rows_per_sequence: (token, head) pairs of a KV head that the longest sequence may bring.
 
-    Tiles of 16 or 32 rows are multiplied by mma.sync on every chip; from 64 on sm_90 and sm_100 have others.
+    Tiles of 16 or 32 rows are multiplied by mma.sync on every chip; from 64 on, sm_90 and sm_100 have others. The rest
+    is chosen so that nothing spills, and that programs which share a processor keep 32 KiB or more on their way to it.
     """
     block_d = triton.next_power_of_2(head_size)
-    block_m = 16 if rows_per_sequence <= 16 or dtype == torch.float32 else 32
-    tile = max(16, min(64, 4096 // block_d)) if dtype == torch.float32 else min(64, 8192 // block_d)
-    is_small = block_m * block_d <= 1024 and cache_dtype == dtype
-    return Config(block_m, tile, num_warps=4 if is_small or dtype == torch.float32 else 8)
+    if dtype == torch.float32:  # no tensor cores: products of single numbers
+        return Config(16, tile=64 if block_d <= 64 else 16, num_warps=8, num_stages=3, max_registers=255)
+    is_decode, is_large, is_quantised = rows_per_sequence <= 16, block_d > 128, cache_dtype != dtype
+    num_warps = 4 if block_d <= (128 if is_decode == is_quantised else 64) else 8
+    max_registers = 255
+    if is_decode and not is_large and not is_quantised:
+        max_registers = 168 if num_warps == 4 else 128  # three programs on a processor, or two
+    return Config(16 if is_decode else 32, 32 if is_large else 64, num_warps, 4 if is_quantised else 3, max_registers)
+
+
+def _sizes(config: Config, group: int, head_size: int, piece: int = PIECE) -> dict[str, Any]:
+    """Constants of both kernels."""
+    return {
+        "GROUP": group,
+        "HEAD_SIZE": head_size,
+        "BLOCK_M": config.block_m,
+        "BLOCK_D": triton.next_power_of_2(head_size),
+        "PIECE": piece,
+        "enable_fp_fusion": False,
+    }
+
+
+def _attend_options(config: Config, block_size: int, split: bool, soft_cap: bool) -> dict[str, Any]:
+    return {
+        "SPLIT": split,
+        "SOFT_CAP": soft_cap,
+        "BLOCK_SIZE": block_size,
+        "TILE": config.tile,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "maxnreg": config.max_registers,
+    }
+
+
+def variants() -> Iterator[Variant]:
+    """Every configuration; block sizes, groups and soft-caps take turns, and float16, like bfloat16, has two heads."""
+    i32, f32, bf16, f16 = torch.int32, torch.float32, torch.bfloat16, torch.float16
+    heads = (16, 32, 64, 80, 96, 128, 256)
+    cases: list[tuple[torch.dtype, torch.dtype, int]] = [(f32, f32, head_size) for head_size in heads]
+    for quantised in (None, torch.int8, torch.float8_e4m3fn):
+        cases += [(bf16, quantised or bf16, head_size) for head_size in heads]
+        cases += [(f16, quantised or f16, head_size) for head_size in (64, 128)]
+    turn = 0
+    for dtype, cache_dtype, head_size in cases:
+        scales = f32 if cache_dtype != dtype else None
+        for config in dict.fromkeys(config_of(dtype, cache_dtype, head_size, rows) for rows in (16, 17)):
+            for split in (False, True):
+                block_size, group, soft_cap = (16, 32, 64)[turn % 3], (1, 3, 4, 7, 8)[turn % 5], turn % 7 == 0
+                turn += 1
+                types = "-".join(str(x).removeprefix("torch.") for x in dict.fromkeys((dtype, cache_dtype)))
+                name = (
+                    f"{types}, head {head_size}, block {block_size}, {config.block_m} rows of groups of {group}"
+                    f"{', split' if split else ''}{', soft-cap' if soft_cap else ''}"
+                )
+                args = (dtype, f32, f32, f32, dtype, cache_dtype, scales, i32, i32, i32)
+                args += (1, 1, 4096, 1, 1, 1, 1, 1.0, 1.0)  # type: ignore[assignment]
+                options = {**_sizes(config, group, head_size), **_attend_options(config, block_size, split, soft_cap)}
+                yield Variant(name, attend_kernel, args, options)
+        if cache_dtype == dtype:
+            args = (dtype, f32, f32, f32, i32, i32, 1, 1, 1, 1, 1)  # type: ignore[assignment]
+            name = f"merge, {str(dtype).removeprefix('torch.')}, head {head_size}"
+            yield Variant(name, merge_kernel, args, {**_sizes(config, 4, head_size), "num_warps": 1})
 
 
 def launch(
@@ -313,15 +375,7 @@ def launch(
     if num_splits > 1:
         partials = torch.empty((num_tokens * num_heads, max_pieces, head_size), dtype=torch.float32, device=out.device)
         stats = torch.empty((num_tokens * num_heads, max_pieces, 2), dtype=torch.float32, device=out.device)
-    score_scale = (soft_cap or scale) * LOG2_E
-    sizes: dict[str, Any] = {
-        "GROUP": group,
-        "HEAD_SIZE": head_size,
-        "BLOCK_M": config.block_m,
-        "BLOCK_D": triton.next_power_of_2(head_size),
-        "PIECE": piece,
-        "enable_fp_fusion": False,
-    }
+    sizes = _sizes(config, group, head_size, piece)
     attend_kernel[num_tiles, num_kv_heads, num_splits](
         out,
         lse,
@@ -341,13 +395,8 @@ def launch(
         int(one_tile_each),
         max_pieces,
         2 * LOG2_E * scale / soft_cap if soft_cap else 0.0,
-        score_scale,
-        SPLIT=num_splits > 1,
-        SOFT_CAP=soft_cap != 0.0,
-        BLOCK_SIZE=block_size,
-        TILE=config.tile,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        (soft_cap or scale) * LOG2_E,
+        **_attend_options(config, block_size, num_splits > 1, soft_cap != 0.0),
         **sizes,
     )
     if num_splits > 1:

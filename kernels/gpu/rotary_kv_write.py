@@ -1,9 +1,14 @@
 """Rotary embedding fused with the write to the paged cache: see `launch`."""
 
+from collections.abc import Iterator
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.kernels.gpu.variant import Variant
 from octavo.kernels.reference import QUANTISED_MAX
 
 
@@ -23,7 +28,7 @@ def _stored(x, scale, dtype: tl.constexpr, GREATEST: tl.constexpr):
     return x.to(dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_heads", "num_kv_heads"])
 def rotary_kv_write_kernel(
     qkv_ptr,
     cos_sin_ptr,
@@ -94,6 +99,40 @@ def rotary_kv_write_kernel(
         tl.store(cache_ptrs + rest[None, :], tail, mask=rest_mask & write_mask[:, None])
 
 
+def _options(
+    all_heads: int, head_size: int, rotary_size: int, block_size: int, cache_dtype: torch.dtype
+) -> dict[str, Any]:
+    block_half = triton.next_power_of_2(rotary_size // 2)
+    return {
+        "HEAD_SIZE": head_size,
+        "ROTARY_SIZE": rotary_size,
+        "BLOCK_SIZE": block_size,
+        "GREATEST": QUANTISED_MAX.get(cache_dtype, 0.0),
+        "BLOCK_HEADS": min(triton.next_power_of_2(all_heads), max(1, 1024 // block_half)),
+        "BLOCK_HALF": block_half,
+        "BLOCK_REST": triton.next_power_of_2(max(head_size - rotary_size, 1)),
+        "num_warps": 4,
+        "enable_fp_fusion": False,
+    }
+
+
+def variants() -> Iterator[Variant]:
+    """Every pair of types; head sizes, partial rotation and block sizes take turns."""
+    sizes = ((64, 64), (128, 128), (80, 80), (96, 48), (256, 64), (16, 16), (80, 32))
+    turn = 0
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for cache_dtype in (dtype, *QUANTISED_MAX):
+            for heads in (3, 48):
+                (head_size, rotary_size), block_size = sizes[turn % 7], (16, 32, 64)[turn % 3]
+                turn += 1
+                types = "-".join(str(x).removeprefix("torch.") for x in dict.fromkeys((dtype, cache_dtype)))
+                name = f"{types}, {heads} heads of {head_size}, {rotary_size} rotated, block {block_size}"
+                scales = None if cache_dtype == dtype else torch.float32
+                args = (dtype, torch.float32, torch.int32, torch.int64, cache_dtype, scales, 4096, heads - 2, 1)
+                options = _options(heads, head_size, rotary_size, block_size, cache_dtype)
+                yield Variant(name, rotary_kv_write_kernel, args, options)
+
+
 def launch(
     qkv: Tensor,
     cos_sin: Tensor,
@@ -107,11 +146,9 @@ def launch(
     _, _, num_kv_heads, block_size, head_size = kv_cache.shape
     if not qkv.shape[0]:
         return
-    rotary_size = cos_sin.shape[1]
     all_heads = num_heads + 2 * num_kv_heads
-    block_half = triton.next_power_of_2(rotary_size // 2)
-    block_heads = min(triton.next_power_of_2(all_heads), max(1, 1024 // block_half))
-    rotary_kv_write_kernel[qkv.shape[0], triton.cdiv(all_heads, block_heads)](
+    options = _options(all_heads, head_size, cos_sin.shape[1], block_size, kv_cache.dtype)
+    rotary_kv_write_kernel[qkv.shape[0], triton.cdiv(all_heads, options["BLOCK_HEADS"])](
         qkv,
         cos_sin,
         positions,
@@ -121,13 +158,5 @@ def launch(
         qkv.stride(0),
         num_heads,
         num_kv_heads,
-        HEAD_SIZE=head_size,
-        ROTARY_SIZE=rotary_size,
-        BLOCK_SIZE=block_size,
-        GREATEST=QUANTISED_MAX.get(kv_cache.dtype, 0.0),
-        BLOCK_HEADS=block_heads,
-        BLOCK_HALF=block_half,
-        BLOCK_REST=triton.next_power_of_2(max(head_size - rotary_size, 1)),
-        num_warps=4,
-        enable_fp_fusion=False,
+        **options,
     )

@@ -225,7 +225,7 @@ def test_a_row_that_sees_nothing_finite_is_no_number() -> None:
 # heads, KV heads, head size, block size, type, of the cache, window, soft-cap: each pair of values in some row
 SWEEP = [
     (3, 3, 16, 16, BF16, BF16, 0, 0.0),
-    (9, 3, 16, 32, F32, INT8, 40, 5.0),
+    (9, 3, 16, 32, F16, INT8, 40, 5.0),
     (4, 1, 32, 64, F16, F16, 1, 0.0),
     (7, 1, 32, 32, BF16, FP8, 129, 3.0),
     (9, 3, 64, 16, F16, INT8, 129, 0.0),
@@ -243,7 +243,8 @@ SWEEP = [
     (40, 1, 128, 32, BF16, INT8, 40, 0.0),
     (4, 1, 256, 16, BF16, FP8, 40, 5.0),
     (6, 2, 256, 64, BF16, BF16, 1, 0.0),
-    (7, 1, 256, 32, F32, INT8, 0, 3.0),
+    (7, 1, 256, 32, BF16, INT8, 0, 3.0),
+    (5, 5, 256, 64, F32, F32, 40, 3.0),
     (2, 2, 256, 16, F16, F16, 129, 0.0),
     (3, 1, 128, 16, F32, F32, 40, 0.0),
 ]
@@ -309,6 +310,7 @@ def test_wrong_arguments_are_named() -> None:
         ({"kv_cache": quantised, "kv_scales": scales[:, :1]}, "kv_scales: shape"),
         ({"lse": torch.zeros(2, 2, device=device)}, "lse: shape"),
         ({"soft_cap": -1.0}, "soft_cap: is -1.0"),
+        ({"kv_cache": quantised, "kv_scales": scales}, "qkv: dtype is torch.float32, expected torch.bfloat16"),
         ({"qkv": torch.zeros(2, 80, device=device).half()}, "qkv: dtype is torch.float16"),
     ]
     if not has_float8(device):
