@@ -2,6 +2,7 @@
 
 import difflib
 import itertools
+import re
 from collections import defaultdict
 
 import pytest
@@ -71,7 +72,9 @@ def test_exact_products_are_by_one_instruction_on_each_chip(lines: list[Compiled
 @pytest.mark.slow
 def test_matrices_are_read_16_bytes_at_a_time(lines: list[Compiled]) -> None:
     products = [line for line in lines if line.has_narrow_dot and line.target.startswith("sm_")]
-    assert [str(line) for line in products if not line.loads.startswith("16 x ")] == []
+    # A tile of 64 keys of 16 bytes leaves 8 for each of 128 threads.
+    tiny = [line for line in products if re.search("(int8|float8_e4m3fn), head 16,", line.variant)]
+    assert [str(line) for line in products if not line.loads.startswith("16 x ") and line not in tiny] == []
 
 
 def test_every_op_has_variants_with_names_of_their_own() -> None:
