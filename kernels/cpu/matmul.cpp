@@ -104,6 +104,8 @@ void tile(const Args& a, int64_t row, int64_t panel, float* sums, const Chunk& c
 // Accumulators that fit the registers: 32 of 512 bits, or 16 of 256 (a vector takes two).
 #if defined(__AVX512F__)
 constexpr int MAX_ROWS = 6, MAX_PANELS = 4;
+// Some rows: as many as may be go by at once, and memory brings two panels while two are multiplied.
+constexpr int TALL_ROWS = 12, TALL_MOST = 24;
 #else
 constexpr int MAX_ROWS = 3, MAX_PANELS = 2;
 #endif
@@ -111,7 +113,7 @@ constexpr int MAX_ROWS = 3, MAX_PANELS = 2;
 // all passes but the first. Beyond them memory has so little to do that it would only cost.
 constexpr int64_t FEW_PASSES = 11, CHUNK = 512;
 
-template <typename T, typename O, int NP, int MR = MAX_ROWS>
+template <typename T, typename O, int NP, int MR>
 void some_rows(const Args& a, int64_t row, int rows, int64_t panel, float* sums, const Chunk& chunk) {
     if constexpr (MR > 0) {
         if (rows == MR) tile<T, O, MR, NP>(a, row, panel, sums, chunk);
@@ -120,14 +122,14 @@ void some_rows(const Args& a, int64_t row, int rows, int64_t panel, float* sums,
 }
 
 // All rows by NP panels, in passes of about equal size. Panels from `end` on are another thread's.
-template <typename T, typename O, int NP>
+template <typename T, typename O, int NP, int ROWS = MAX_ROWS>
 void rows_of_panels(const Args& a, int64_t panel, int64_t end) {
-    const int64_t passes = (a.m + MAX_ROWS - 1) / MAX_ROWS, panel_size = a.k * LANES;
-    const bool few = passes > 1 && passes <= FEW_PASSES;
+    const int64_t passes = (a.m + ROWS - 1) / ROWS, panel_size = a.k * LANES;
+    const bool few = a.m > MAX_ROWS && passes <= FEW_PASSES;
     const int64_t num_chunks = few ? std::max<int64_t>(1, a.k / CHUNK) : 1;
     const int64_t size = (a.k / num_chunks + 1) / 2 * 2;
     const T* w = (const T*)a.weight + panel * panel_size;
-    alignas(64) float sums[FEW_PASSES * MAX_ROWS * NP * LANES];
+    alignas(64) float sums[FEW_PASSES * ROWS * NP * LANES];
     for (int64_t begin = 0; begin < a.k; begin += size) {
         Chunk chunk{begin, std::min(a.k, begin + size), nullptr, 0};
         const T* next = chunk.end < a.k ? w + chunk.end * LANES : panel + NP < end ? w + NP * panel_size : nullptr;
@@ -139,7 +141,7 @@ void rows_of_panels(const Args& a, int64_t panel, int64_t end) {
             const bool brings = few && next && first >= 0 && first < NP;
             chunk.next = next + (brings ? first * panel_size : 0);
             chunk.num_next = brings ? (int)std::min<int64_t>(share, NP - first) : 0;
-            some_rows<T, O, NP>(a, row, rows, panel, sums + (few ? row * NP * LANES : 0), chunk);
+            some_rows<T, O, NP, ROWS>(a, row, rows, panel, sums + (few ? row * NP * LANES : 0), chunk);
             row += rows;
         }
     }
@@ -148,6 +150,10 @@ void rows_of_panels(const Args& a, int64_t panel, int64_t end) {
 template <typename T, typename O>
 void panels(const Args& a, int64_t begin, int64_t end) {
     int64_t p = begin;
+#if defined(__AVX512F__)
+    if (a.m > MAX_ROWS && a.m <= TALL_MOST)
+        for (; p + 2 <= end; p += 2) rows_of_panels<T, O, 2, TALL_ROWS>(a, p, end);
+#endif
     for (; p + MAX_PANELS <= end; p += MAX_PANELS) rows_of_panels<T, O, MAX_PANELS>(a, p, end);
     if constexpr (MAX_PANELS == 4) {
         if (end - p >= 2) rows_of_panels<T, O, 2>(a, p, end), p += 2;
