@@ -225,6 +225,12 @@ def _changes(node: ast.expr, scope: ast.stmt, same_bits: bool) -> Iterator[ast.e
 # --------------------------------------------------------------------------------------------------- changes of the PTX
 
 
+def code_of(text: str) -> str:
+    """A digest of PTX without comments and places in the source."""
+    instructions = re.sub(r"(?m)^\s*(\.loc|\.file|//).*$|//.*$|\.section(.|\n)*", "", text)
+    return hashlib.sha256("\n".join(instructions.split()).encode()).hexdigest()[:16]
+
+
 def ptx_mutants(kernel: str, texts: list[str]) -> Iterator[Mutant]:
     """Every mutant of the form of each kernel that synchronises most."""
     chosen: dict[str, str] = {}
@@ -260,10 +266,11 @@ class Judge:
     """A plugin of pytest that notes why a test failed; and a `load` of PTX that notes or changes it."""
 
     def __init__(self, mutant: Mutant | None, load: Callable[[str], Any]) -> None:
-        self.verdict: dict[str, Any] = {"outcome": "survived", "ptx": []}
+        self.verdict: dict[str, Any] = {"outcome": "survived", "ptx": [], "code": []}
         self._mutant, self._load = mutant, load
 
     def load(self, text: str) -> Any:
+        self.verdict["code"].append(code_of(text))
         if self._mutant is None:
             self.verdict["ptx"].append(text)
         elif text == self._mutant.ptx[0]:
@@ -302,7 +309,7 @@ def _child(mutant: Mutant | None, kernel: str, folder: Path) -> None:
         setattr(octavo.kernels.gpu, kernel, module)
     judge = Judge(mutant, driver.load)
     driver.load = judge.load
-    options = ["-x", "-m", "not slow", "-p", "no:cacheprovider", "--rootdir", str(ROOT), "--timeout", "0"]
+    options = ["-x", "-m", "not slow", "-p", "no:cacheprovider", "-p", "no:hypothesispytest", "--assert", "plain", "--rootdir", str(ROOT), "--timeout", "0"]
     code = pytest.main([*TESTS[kernel], *options], plugins=[judge])
     if code not in (0, 1):
         judge.verdict |= {"outcome": "invalid", "by": f"pytest ended with {code}"}
@@ -385,7 +392,7 @@ def run(kernel: str, count: int | None, ptx_count: int | None, seed: int, jobs: 
     known = {}
     if RESULTS.exists():
         for entry in map(json.loads, RESULTS.read_text().splitlines()):
-            is_valid = entry["version"] == version and (entry["outcome"] != "survived" or entry["tests"] == tests)
+            is_valid = entry["version"] == version and (entry["outcome"] in ("killed", "invalid") or entry["tests"] == tests)
             if entry["kernel"] == kernel and is_valid:
                 known[entry["name"]] = entry
 
@@ -411,8 +418,11 @@ def run(kernel: str, count: int | None, ptx_count: int | None, seed: int, jobs: 
         for trial in list(running):
             if (verdict_of := trial.finish(deadline)) is not None:
                 running.remove(trial)
-                verdict_of.pop("ptx", None)
                 assert trial.mutant is not None
+                verdict_of.pop("ptx", None)
+                is_same = verdict_of.pop("code", None) == verdict["code"] and trial.mutant.source
+                if verdict_of["outcome"] == "survived" and is_same:
+                    verdict_of["outcome"] = "same code"
                 entry = {"kernel": kernel, "name": trial.mutant.name, "version": version, "tests": tests, **verdict_of}
                 found.append(entry)
                 with RESULTS.open("a") as file:
@@ -434,7 +444,7 @@ def table(found: list[dict[str, Any]]) -> str:
             rows.setdefault(row, Counter())[outcome] += 1
     for row in [name for name in rows if name != "all"] + ["all"] * bool(rows):
         count = rows[row]
-        killed, equivalent, missed = count["killed"], count["explained"], count["survived"]
+        killed, equivalent, missed = count["killed"], count["same code"] + count["explained"], count["survived"]
         share = f"{100 * killed / max(killed + missed, 1):.1f} %"
         lines.append(f"| {row} | {killed + equivalent + missed} | {killed} | {equivalent} | {missed} | {share} |")
     return "\n".join(lines)
