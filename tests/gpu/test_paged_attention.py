@@ -1,5 +1,6 @@
 """paged_attention against float64 over awkward lengths, with poison in everything that must not be read."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -61,6 +62,7 @@ class Case:
             self.rows.append(qkv)
         self.cache, self.tables = cache.to(backend.device()), tables
         self.scales = None if scales is None else scales.to(backend.device())
+        self.place: Callable[[torch.Tensor], torch.Tensor] = lambda rows: rows.to(backend.device())  # where rows of queries, keys and values lie
 
     def run(
         self,
@@ -89,7 +91,7 @@ class Case:
         gpu.launch(
             out,
             lse,
-            wide.to(device)[:, :width],
+            self.place(wide)[:, :width],
             self.cache,
             self.scales,
             tables.to(device),
@@ -279,6 +281,17 @@ def test_pieces_as_they_are_shipped() -> None:
     case.check(piece=gpu.PIECE)
     case.check(piece=gpu.PIECE, window=gpu.PIECE + 100)
     case.check_alone(piece=gpu.PIECE)
+
+
+def test_rows_and_blocks_far_apart(far_apart: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    case = Case([(1, 3), (1, 17), (1, 70)], 2, 1, 256, 64)
+    want = case.run()
+    case.place = far_apart
+    num_blocks = 2**31 // case.cache[0].numel()
+    far = torch.empty((num_blocks + len(case.cache), *case.cache.shape[1:]), dtype=BF16, device=backend.device())
+    far[num_blocks:], case.cache = case.cache, far  # most of it is never touched
+    case.tables += num_blocks
+    check_same(case.run(), want)
 
 
 def test_large_scores_do_not_overflow() -> None:
