@@ -13,7 +13,7 @@ NATIVE := $(VENV)/.native
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install serve test check fix clean
+.PHONY: help install serve test mutate check fix clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -44,6 +44,9 @@ serve: $(NATIVE)  ## serve MODEL, else the default model (fetched once), on port
 
 test: $(NATIVE)  ## run the tests
 	@$(BIN)/python -m pytest $(ARGS)
+
+mutate: $(NATIVE)  ## plant small faults in the Triton kernels and see that tests notice (20 minutes; ARGS=--all: hours)
+	@$(BIN)/python tests/mutate_kernels.py $(ARGS)
 
 check: $(PACKAGES)  ## check format, lint and types; changes nothing
 	@$(BIN)/ruff format --check .

@@ -10,7 +10,6 @@ stopped goes on, and survivors are tried again once tests have changed. docs/mut
 import argparse
 import ast
 import copy
-import fnmatch
 import hashlib
 import json
 import os
@@ -183,12 +182,12 @@ def _changes(node: ast.expr, scope: ast.stmt, same_bits: bool) -> Iterator[ast.e
                 yield right
         case ast.UnaryOp(op=ast.USub(), operand=operand):
             yield operand
-        case ast.Constant(value=bool()):
-            yield with_(value=not node.value)
-        case ast.Constant(value=int()):
-            yield with_(value=node.value + 1)
-        case ast.Constant(value=float()):
-            yield with_(value=node.value * (1 + 2.0 ** (-20 if same_bits else -7)) if node.value else 1.0)
+        case ast.Constant(value=bool(value)):
+            yield with_(value=not value)
+        case ast.Constant(value=int(value)):
+            yield with_(value=value + 1)
+        case ast.Constant(value=float(value)):
+            yield with_(value=value * (1 + 2.0 ** (-20 if same_bits else -7)) if value else 1.0)
         case ast.Name(id=name):
             names = {x.id for x in ast.walk(scope) if isinstance(x, ast.Name)}
             for pair in CONFUSED:
@@ -218,7 +217,7 @@ def _changes(node: ast.expr, scope: ast.stmt, same_bits: bool) -> Iterator[ast.e
                 yield with_(args=order)
             if any(each.arg == "mask" for each in keywords):
                 yield with_(keywords=[each for each in keywords if each.arg not in ("mask", "other")])
-            if any(each.arg == "other" for each in keywords):
+            if any(each.arg == "other" and ast.unparse(each.value) not in ("0", "0.0") for each in keywords):
                 yield with_(keywords=[each for each in keywords if each.arg != "other"])
 
 
@@ -231,7 +230,7 @@ def code_of(text: str) -> str:
     return hashlib.sha256("\n".join(instructions.split()).encode()).hexdigest()[:16]
 
 
-def ptx_mutants(kernel: str, texts: list[str]) -> Iterator[Mutant]:
+def ptx_mutants(kernel: str, source: str, texts: list[str]) -> Iterator[Mutant]:
     """Every mutant of the form of each kernel that synchronises most."""
     chosen: dict[str, str] = {}
     for text in sorted(texts, key=lambda text: (-len(re.findall(r"bar\.sync|cp\.async\.wait_group", text)), text)):
@@ -244,18 +243,19 @@ def ptx_mutants(kernel: str, texts: list[str]) -> Iterator[Mutant]:
             for i, match in enumerate(matches):
                 name = f"{entry}: ptx, {what} {i + 1} of {len(matches)} => dropped"
                 yield Mutant(kernel, name, "", (text, text[: match.start()] + text[match.end() :]))
+        ours = [found[1] for found in re.finditer(r'\.file\s+(\d+)\s+"(.*)"', text) if Path(found[2]).stem == kernel]
         lines, line, compares = text.splitlines(keepends=True), "", dict[str, list[int]]()
         for i, instruction in enumerate(lines):
-            if place := re.match(r"\s*\.loc\s+(\d+ \d+)", instruction):
-                line = place[1]
+            if place := re.match(r"\s*\.loc\s+(\d+)\s+(\d+)", instruction):
+                line = source.splitlines()[int(place[2]) - 1].strip() if place[1] in ours else "the library"
             elif re.search(r"setp\.(lt|le|gt|ge)\.[su]\d", instruction):
                 compares.setdefault(line, []).append(i)
-        for i, (_, places) in enumerate(sorted(compares.items())):
+        for line, places in sorted(compares.items()):
             new = [
                 re.sub(r"(?<=setp\.)\w\w", lambda found: OTHERS[found[0]], each) if at in places else each
                 for at, each in enumerate(lines)
             ]
-            name = f"{entry}: ptx, compares of line {i + 1} of {len(compares)} => lt for le"
+            name = f"{entry}: ptx, compares of: {line} => lt for le"
             yield Mutant(kernel, name, "", (text, "".join(new)))
 
 
@@ -293,9 +293,10 @@ def _child(mutant: Mutant | None, kernel: str, folder: Path) -> None:
     import importlib.util
 
     import pytest
+    from gpu_without_gpu import driver
+    from gpu_without_gpu.program import load
 
     import octavo.kernels.gpu
-    from gpu_without_gpu import driver
 
     if mutant is not None and mutant.source:
         os.environ["TRITON_CACHE_DIR"] = str(folder / "cache")
@@ -307,9 +308,23 @@ def _child(mutant: Mutant | None, kernel: str, folder: Path) -> None:
         module = sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         setattr(octavo.kernels.gpu, kernel, module)
-    judge = Judge(mutant, driver.load)
-    driver.load = judge.load
-    options = ["-x", "-m", "not slow", "-p", "no:cacheprovider", "-p", "no:hypothesispytest", "--assert", "plain", "--rootdir", str(ROOT), "--timeout", "0"]
+    judge = Judge(mutant, load)
+    driver.load = judge.load  # type: ignore[attr-defined]
+    options = [
+        "-x",
+        "-m",
+        "not slow",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:hypothesispytest",
+        "--assert",
+        "plain",
+        "--rootdir",
+        str(ROOT),
+        "--timeout",
+        "0",
+    ]
     code = pytest.main([*TESTS[kernel], *options], plugins=[judge])
     if code not in (0, 1):
         judge.verdict |= {"outcome": "invalid", "by": f"pytest ended with {code}"}
@@ -368,14 +383,19 @@ def explanations() -> list[tuple[str, str, str]]:
         kernel = lines[0].rstrip(":") if lines else ""
         names = [line.removeprefix("  ") for line in lines[1:] if line.startswith("  ")]
         reason = " ".join(line for line in lines[1:] if not line.startswith("  "))
-        found += [(kernel, name.replace("[", "[[]"), reason) for name in names]
+        found += [(kernel, name, reason) for name in names]
     return found
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a mutant's name is that of the pattern, in which * stands for anything."""
+    return re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), name) is not None
 
 
 def explained(kernel: str, name: str) -> str | None:
     """Why a mutant may survive."""
     for of, pattern, reason in explanations():
-        if of in (kernel, "any") and fnmatch.fnmatchcase(name, pattern):
+        if of == kernel and matches(name, pattern):
             return reason
     return None
 
@@ -384,15 +404,17 @@ def _digest(*paths: Path) -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:12]
 
 
-def run(kernel: str, count: int | None, ptx_count: int | None, seed: int, jobs: int, only: str) -> list[dict[str, Any]]:
+def run(kernel: str, count: int | None, seed: int, jobs: int, only: list[str], results: Path) -> list[dict[str, Any]]:
     """The verdicts on a kernel's mutants, those that are known already included."""
     source = (KERNELS / f"{kernel}.py").read_text()
     tests = _digest(ROOT / TESTS[kernel][0], ROOT / "tests" / "gpu" / "conftest.py")
     version = _digest(KERNELS / f"{kernel}.py")
     known = {}
-    if RESULTS.exists():
-        for entry in map(json.loads, RESULTS.read_text().splitlines()):
-            is_valid = entry["version"] == version and (entry["outcome"] in ("killed", "invalid") or entry["tests"] == tests)
+    if results.exists():
+        for entry in map(json.loads, results.read_text().splitlines()):
+            is_valid = entry["version"] == version and (
+                entry["outcome"] in ("killed", "invalid") or entry["tests"] == tests
+            )
             if entry["kernel"] == kernel and is_valid:
                 known[entry["name"]] = entry
 
@@ -401,9 +423,11 @@ def run(kernel: str, count: int | None, ptx_count: int | None, seed: int, jobs: 
     if verdict["outcome"] != "survived":
         raise SystemExit(f"{kernel}: its tests fail without a change\n{unchanged.log}")
     deadline = 20 + 4 * float(verdict["seconds"])
-    mutants = [each for each in source_mutants(kernel, source, kernel in SAME_BITS) if only in each.name]
-    from_ptx = [] if kernel == "math" else [each for each in ptx_mutants(kernel, verdict["ptx"]) if only in each.name]
-    chosen = sampled(mutants, count, seed) + sampled(from_ptx, ptx_count, seed)
+    mutants = list(source_mutants(kernel, source, kernel in SAME_BITS))
+    from_ptx = [] if kernel == "math" else [each for each in ptx_mutants(kernel, source, verdict["ptx"])]
+    if only:
+        mutants, from_ptx = [[x for x in some if any(part in x.name for part in only)] for some in (mutants, from_ptx)]
+    chosen = sampled(mutants, count, seed) + sampled(from_ptx, count and (count + 1) // 2, seed)
     print(
         f"{kernel}: {len(chosen)} of {len(mutants)} + {len(from_ptx)} mutants, {verdict['seconds']} s without one",
         flush=True,
@@ -411,7 +435,7 @@ def run(kernel: str, count: int | None, ptx_count: int | None, seed: int, jobs: 
 
     found, waiting, running = [], [each for each in chosen if each.name not in known], list[Trial]()
     found += [known[each.name] for each in chosen if each.name in known]
-    RESULTS.parent.mkdir(exist_ok=True)
+    results.parent.mkdir(exist_ok=True)
     while waiting or running:
         while waiting and len(running) < jobs:
             running.append(Trial(waiting.pop(0), kernel))
@@ -425,16 +449,21 @@ def run(kernel: str, count: int | None, ptx_count: int | None, seed: int, jobs: 
                     verdict_of["outcome"] = "same code"
                 entry = {"kernel": kernel, "name": trial.mutant.name, "version": version, "tests": tests, **verdict_of}
                 found.append(entry)
-                with RESULTS.open("a") as file:
+                with results.open("a") as file:
                     file.write(json.dumps(entry) + "\n")
-                print(f"  {entry['outcome']:8} {entry['seconds']:5} {entry['name']}  [{entry.get('by', '')}]", flush=True)
+                print(
+                    f"  {entry['outcome']:8} {entry['seconds']:5} {entry['name']}  [{entry.get('by', '')}]", flush=True
+                )
         time.sleep(0.02)
     return found
 
 
 def table(found: list[dict[str, Any]]) -> str:
     """Markdown: how many of which kernel's mutants were killed."""
-    lines = ["| kernel | mutants | killed | equivalent | missed | killed of all but equivalent |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| kernel | mutants | killed | equivalent | missed | killed of all but equivalent |",
+        "|---|---|---|---|---|---|",
+    ]
     rows: dict[str, Counter[str]] = {}
     for entry in found:
         outcome = entry["outcome"]
@@ -453,11 +482,12 @@ def table(found: list[dict[str, Any]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Mutation run over the Triton kernels.")
     parser.add_argument("kernels", nargs="*", help=f"of {', '.join(TESTS)}; all, if none is named")
-    parser.add_argument("--sample", type=int, default=40, help="mutants of a kernel's source, and half as many of PTX")
+    parser.add_argument("--sample", type=int, default=30, help="mutants of a kernel's source, and half as many of PTX")
     parser.add_argument("--all", action="store_true", help="every mutant: hours")
     parser.add_argument("--seed", type=int, default=0, help="which sample")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
-    parser.add_argument("--only", default="", help="only mutants whose names contain this")
+    parser.add_argument("--only", action="append", default=[], help="only mutants whose names contain this; repeatable")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="what is known already; added to")
     parser.add_argument("--list", action="store_true", help="show the names of source mutants and run nothing")
     options = parser.parse_args()
     kernels = options.kernels or list(TESTS)
@@ -469,19 +499,19 @@ def main() -> int:
 
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     os.chdir(ROOT)
+    import gpu_without_gpu  # noqa: F401
     import pytest  # noqa: F401
     import torch
 
-    import gpu_without_gpu  # noqa: F401
     import octavo.kernels.sample  # noqa: F401
 
     torch.set_num_threads(1)
-    counts = (None, None) if options.all else (options.sample, (options.sample + 1) // 2)
+    count = None if options.all else options.sample
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="mutation-") as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         for kernel in kernels:
-            found += run(kernel, *counts, options.seed, options.jobs, options.only)
+            found += run(kernel, count, options.seed, options.jobs, options.only, options.results)
     print("\n" + table(found))
     missed = [
         entry for entry in found if entry["outcome"] == "survived" and not explained(entry["kernel"], entry["name"])

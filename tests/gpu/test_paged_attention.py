@@ -62,7 +62,9 @@ class Case:
             self.rows.append(qkv)
         self.cache, self.tables = cache.to(backend.device()), tables
         self.scales = None if scales is None else scales.to(backend.device())
-        self.place: Callable[[torch.Tensor], torch.Tensor] = lambda rows: rows.to(backend.device())  # where rows of queries, keys and values lie
+        self.place: Callable[[torch.Tensor], torch.Tensor] = lambda rows: rows.to(
+            backend.device()
+        )  # where rows of queries, keys and values lie
 
     def run(
         self,

@@ -142,8 +142,8 @@ def test_rows_far_apart(far_apart: Callable[[torch.Tensor], torch.Tensor]) -> No
     case = Case(3, 2, 1, 32, 32, 16, BF16, BF16)
     want, want_cache, _ = case.run()
     qkv, cache = far_apart(case.qkv), case.cache.to(backend.device())
-    others = (x.to(backend.device()) for x in (case.cos_sin, case.positions, case.slots))
-    gpu.launch(qkv, *others, cache, case.heads, None)
+    cos_sin, positions, slots = (x.to(backend.device()) for x in (case.cos_sin, case.positions, case.slots))
+    gpu.launch(qkv, cos_sin, positions, slots, cache, case.heads, None)
     assert torch.equal(qkv.cpu(), want) and torch.equal(cache.cpu(), want_cache)
 
 
