@@ -49,7 +49,7 @@ def in_poison(device: torch.device) -> Iterator[Callable[..., torch.Tensor]]:
 
 @pytest.fixture
 def far_apart(device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
-    """rows -> their copy, the last of which begins 2^31 elements behind the first; what lies between is never touched."""
+    """rows -> their copy, the last of which begins 2^31 elements behind the first; memory between is never touched."""
 
     def place(rows: torch.Tensor) -> torch.Tensor:
         stride = -(-(2**31) // (len(rows) - 1) // 16) * 16

@@ -36,7 +36,7 @@ class Case:
         generator = torch.Generator().manual_seed(heads * head_size + len(lengths))
         self.lengths, self.heads, self.head_size, self.dtype = lengths, heads, head_size, dtype
         cache_dtype = cache_dtype or dtype
-        width = -(-max(context for _, context in lengths) // block_size) + 1
+        width = -(-max(context for _, context in lengths) // block_size)
         num_blocks = width * len(lengths) + 3
         plain = torch.randn((num_blocks, 2, kv_heads, block_size, head_size), generator=generator).to(dtype)
         cache, scales = plain, None
@@ -166,6 +166,11 @@ def check_same(got: tuple[torch.Tensor, ...], want: tuple[torch.Tensor, ...]) ->
 def test_lengths_at_every_edge() -> None:
     Case(DECODES, 2, 1, 32, 16).check()
     Case(CHUNKS).check(window=40)
+
+
+def test_nothing_is_read_behind_the_tables() -> None:
+    for context in (112, 128, 144):  # whose last block is full, and the last of the tables
+        Case([(1, 40), (1, context)], 2, 1, 32, 16).check()
 
 
 @pytest.mark.slow

@@ -37,6 +37,7 @@ class Case:
         angles = torch.rand(100, rotary_size // 2, generator=generator) * 6
         self.cos_sin = torch.cat([angles.cos(), angles.sin()], dim=1)
         self.positions = torch.randint(0, 100, (tokens,), dtype=torch.int32, generator=generator)
+        self.positions[0] = 99  # behind whose sines there is nothing
         self.slots = torch.randperm(NUM_BLOCKS * block_size, generator=generator)[:tokens]
         shape = (NUM_BLOCKS, 2, kv_heads, block_size, head_size)
         self.cache = torch.full(shape, 7.0).to(cache_dtype)
