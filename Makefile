@@ -13,7 +13,7 @@ NATIVE := $(VENV)/.native
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install serve test test-kernels compile-matrix gpu check fix clean
+.PHONY: help install serve test test-kernels compile-matrix gpu mutate check fix clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -56,6 +56,9 @@ compile-matrix: $(NATIVE)  ## renew the snapshot of what compilers make of the G
 
 gpu: $(NATIVE)  ## where there is a GPU: test the kernels on it, compare with what is executed without, time them in docs/gpu.md
 	@PYTHONPATH=tests $(BIN)/python -m gpu.on_gpu
+
+mutate: $(NATIVE)  ## plant small faults in the Triton kernels and see that tests notice (20 minutes; ARGS=--all: hours)
+	@$(BIN)/python tests/mutate_kernels.py $(ARGS)
 
 check: $(PACKAGES)  ## check format, lint and types; changes nothing
 	@$(BIN)/ruff format --check .

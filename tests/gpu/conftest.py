@@ -45,3 +45,15 @@ def in_poison(device: torch.device) -> Iterator[Callable[..., torch.Tensor]]:
     for buffer, inside in made:
         inside.fill_(torch.nan)
         assert bool(buffer.isnan().all()), "written where nothing was to be written"
+
+
+@pytest.fixture
+def far_apart(device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    """rows -> their copy, the last of which begins 2^31 elements behind the first; memory between is never touched."""
+
+    def place(rows: torch.Tensor) -> torch.Tensor:
+        stride = -(-(2**31) // (len(rows) - 1) // 16) * 16
+        buffer = torch.empty((len(rows) - 1) * stride + rows.shape[1], dtype=rows.dtype, device=device)
+        return buffer.as_strided(rows.shape, (stride, 1)).copy_(rows)
+
+    return place

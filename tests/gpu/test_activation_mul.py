@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from octavo.kernels import backend
 from octavo.kernels.activation_mul import gelu_mul, silu_mul
 
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -38,6 +39,11 @@ def test_far_from_zero(name: str, device: torch.device) -> None:
     gate = torch.tensor([-1e30, -1e4, -300.0, -90.0, -20.0, 0.0, 20.0, 90.0, 300.0, 1e4], device=device)
     got = OPS[name](torch.cat([gate, torch.full_like(gate, 2.0)])[None])
     torch.testing.assert_close(got[0], torch.where(gate > 0, 2 * gate, 0.0), atol=1e-6, rtol=1e-6)
+
+
+def test_rows_far_apart(far_apart: Poison) -> None:
+    x = torch.randn(3, 32).bfloat16()
+    assert torch.equal(silu_mul(far_apart(x)), silu_mul(x.to(backend.device())))
 
 
 def test_wrong_arguments_are_named(device: torch.device) -> None:

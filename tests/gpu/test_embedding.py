@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from octavo.kernels import backend
 from octavo.kernels.embedding import embedding
 from octavo.kernels.matmul import PackedWeight
 
@@ -28,3 +29,11 @@ def test_shards_add_up(k: int, dtype: torch.dtype, in_poison: Poison) -> None:
         assert torch.equal(out.cpu(), torch.where(inside, whole[ids], torch.zeros((), dtype=dtype)))
         total += out.cpu()
     assert torch.equal(total, whole[ids])
+
+
+def test_row_behind_2_to_the_31_elements() -> None:
+    n, k = (1 << 16) + 2, 1 << 15
+    weight = torch.empty(n * k, dtype=torch.bfloat16, device=backend.device())  # most of it is never touched
+    row = weight[-k:].copy_(torch.arange(k))
+    ids = torch.tensor([n - 1], dtype=torch.int32, device=weight.device)
+    assert torch.equal(embedding(ids, PackedWeight(weight, n, k))[0], row)

@@ -85,6 +85,12 @@ def test_tiles_by_turns() -> None:
     torch.testing.assert_close(matmul(x, packed(w)).double(), x.double() @ w.double().T, atol=1e-5, rtol=1e-5)
 
 
+def test_rows_far_apart(far_apart: Poison, device: torch.device) -> None:
+    torch.manual_seed(0)
+    x, w = torch.randn(66, 16).bfloat16().to(device), torch.randn(16, 16).bfloat16().to(device)
+    assert torch.equal(matmul(far_apart(x), packed(w)), matmul(x, packed(w)))
+
+
 @EXECUTED
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("dtype", list(TOLERANCES))

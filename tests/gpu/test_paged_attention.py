@@ -1,5 +1,6 @@
 """paged_attention against float64 over awkward lengths, with poison in everything that must not be read."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -35,7 +36,7 @@ class Case:
         generator = torch.Generator().manual_seed(heads * head_size + len(lengths))
         self.lengths, self.heads, self.head_size, self.dtype = lengths, heads, head_size, dtype
         cache_dtype = cache_dtype or dtype
-        width = -(-max(context for _, context in lengths) // block_size) + 1
+        width = -(-max(context for _, context in lengths) // block_size)
         num_blocks = width * len(lengths) + 3
         plain = torch.randn((num_blocks, 2, kv_heads, block_size, head_size), generator=generator).to(dtype)
         cache, scales = plain, None
@@ -61,6 +62,9 @@ class Case:
             self.rows.append(qkv)
         self.cache, self.tables = cache.to(backend.device()), tables
         self.scales = None if scales is None else scales.to(backend.device())
+        self.place: Callable[[torch.Tensor], torch.Tensor] = lambda rows: rows.to(
+            backend.device()
+        )  # where rows of queries, keys and values lie
 
     def run(
         self,
@@ -89,7 +93,7 @@ class Case:
         gpu.launch(
             out,
             lse,
-            wide.to(device)[:, :width],
+            self.place(wide)[:, :width],
             self.cache,
             self.scales,
             tables.to(device),
@@ -162,6 +166,11 @@ def check_same(got: tuple[torch.Tensor, ...], want: tuple[torch.Tensor, ...]) ->
 def test_lengths_at_every_edge() -> None:
     Case(DECODES, 2, 1, 32, 16).check()
     Case(CHUNKS).check(window=40)
+
+
+def test_nothing_is_read_behind_the_tables() -> None:
+    for context in (112, 128, 144):  # whose last block is full, and the last of the tables
+        Case([(1, 40), (1, context)], 2, 1, 32, 16).check()
 
 
 @pytest.mark.slow
@@ -280,6 +289,17 @@ def test_pieces_as_they_are_shipped() -> None:
     case.check(piece=gpu.PIECE)
     case.check(piece=gpu.PIECE, window=gpu.PIECE + 100)
     case.check_alone(piece=gpu.PIECE)
+
+
+def test_rows_and_blocks_far_apart(far_apart: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    case = Case([(1, 3), (1, 17), (1, 70)], 2, 1, 256, 64)
+    want = case.run()
+    case.place = far_apart
+    num_blocks = 2**31 // case.cache[0].numel()
+    far = torch.empty((num_blocks + len(case.cache), *case.cache.shape[1:]), dtype=BF16, device=backend.device())
+    far[num_blocks:], case.cache = case.cache, far  # most of it is never touched
+    case.tables += num_blocks
+    check_same(case.run(), want)
 
 
 def test_large_scores_do_not_overflow() -> None:

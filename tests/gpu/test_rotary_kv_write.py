@@ -1,5 +1,6 @@
 """rotary_kv_write: queries in place, keys and values in their slots and nowhere else, with the native op's bits."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from octavo.kernels import backend, reference
 from octavo.kernels.cpu.library import library
+from octavo.kernels.gpu import rotary_kv_write as gpu
 from octavo.kernels.gpu.device import has_float8
 from octavo.kernels.rotary_kv_write import rotary_kv_write
 
@@ -35,6 +37,7 @@ class Case:
         angles = torch.rand(100, rotary_size // 2, generator=generator) * 6
         self.cos_sin = torch.cat([angles.cos(), angles.sin()], dim=1)
         self.positions = torch.randint(0, 100, (tokens,), dtype=torch.int32, generator=generator)
+        self.positions[0] = 99  # behind whose sines there is nothing
         self.slots = torch.randperm(NUM_BLOCKS * block_size, generator=generator)[:tokens]
         shape = (NUM_BLOCKS, 2, kv_heads, block_size, head_size)
         self.cache = torch.full(shape, 7.0).to(cache_dtype)
@@ -134,6 +137,15 @@ def test_scales_of_rows_that_are_zero_tiny_or_not_finite() -> None:
     assert scale[2].isnan()  # what is not a number stays so
     assert scale[3] == 1.0 and stored[3].tolist() == [127, 0, 2, 2, 0, -2, -2, 126] * 2
     assert scale[4] == torch.tensor(3.0) / 127 and (stored[4] == -127).all()
+
+
+def test_rows_far_apart(far_apart: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    case = Case(3, 2, 1, 32, 32, 16, BF16, BF16)
+    want, want_cache, _ = case.run()
+    qkv, cache = far_apart(case.qkv), case.cache.to(backend.device())
+    cos_sin, positions, slots = (x.to(backend.device()) for x in (case.cos_sin, case.positions, case.slots))
+    gpu.launch(qkv, cos_sin, positions, slots, cache, case.heads, None)
+    assert torch.equal(qkv.cpu(), want) and torch.equal(cache.cpu(), want_cache)
 
 
 def test_wrong_arguments_are_named() -> None:

@@ -250,6 +250,25 @@ def test_penalties_by_hand(device: torch.device) -> None:
     assert on_gpu((logits, rows, tokens, NO_EDITS, ALL_ALLOWED), device).token_ids.tolist() == [3]
 
 
+@needs_native
+def test_each_option_alone(device: torch.device) -> None:
+    options: list[dict[str, Any]] = [
+        {"presence_penalty": 2.5},
+        {"frequency_penalty": 2.5},
+        {"repetition_penalty": 9.0},
+        {"allowed_begin": 0, "allowed_end": 2},
+        {"edits_begin": 0, "edits_end": 1},
+    ]
+    rows = rows_of(*({**GREEDY, "prompt_len": 1, "total_len": 3, **option} for option in options))
+    logits = torch.zeros((5, 65))
+    logits[:, 7], logits[:, 9] = 2.0, 1.0  # 7 is what is chosen unless an option counts
+    tokens, bias = torch.tensor([[7, 7, 7]], dtype=torch.int32), np.array([(9, 2.0)], EDIT)
+    call = logits, rows, tokens, bias, np.array([9, 11], np.int32)
+    got = on_gpu(call, device)
+    assert got.token_ids.tolist() == [9] * 5
+    assert_same(got, natively(call))
+
+
 @triton.jit  # type: ignore[untyped-decorator]
 def exp_log_kernel(exps_ptr, logs_ptr, x_ptr, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """exp and log of each."""
@@ -257,6 +276,17 @@ def exp_log_kernel(exps_ptr, logs_ptr, x_ptr, count, BLOCK: tl.constexpr):  # ty
     x = tl.load(x_ptr + at, mask=at < count, other=1.0)
     tl.store(exps_ptr + at, math.exp(x), mask=at < count)
     tl.store(logs_ptr + at, math.log(x), mask=at < count)
+
+
+# Bits of numbers whose exp or log is another one where one multiply-add, in its order, is rounded twice.
+WHERE_FUSING_SHOWS = np.array(
+    [
+        *(0xC2A2E3BC, 0xC26A48A4, 0xC2A2E3B8, 0xC28E1859, 0xC257283C, 0xC29244D8, 0x4259D03A, 0xC24909C0, 0x429EBB12),
+        *(0xC2992F7B, 0xC29BF544, 0x3FAB7F01, 0x3FB37BC3, 0x3FB368AF, 0x3F3618B6, 0x3F9FE5E5, 0x3F3620F0, 0x3F369521),
+        *(0x3F35082E, 0x3F350B2E, 0x3F35015F, 0x3F3509AE, 0x3F350417, 0x3F35095D, 0x32E3B165, 0x4AC48D7D, 0x79175F7D),
+    ],
+    np.uint32,
+)
 
 
 @pytest.fixture(scope="module")
@@ -285,7 +315,7 @@ def test_exp_and_log_are_those_of_the_cpu(vec_h: ctypes.CDLL, device: torch.devi
     near = np.linspace(-90, 1, 50_001, dtype=np.float32)
     edges = np.array([0.0, -0.0, -np.inf, np.inf, 1.0, -87.0, 88.0, 2.0**-126, 1 - 2.0**-24], np.float32)
     edges = np.concatenate([edges, np.nextafter(edges, np.float32(-1000)), np.nextafter(edges, np.float32(1000))])
-    numbers = np.concatenate([every[~np.isnan(every)], near, edges])
+    numbers = np.concatenate([every[~np.isnan(every)], near, edges, WHERE_FUSING_SHOWS.view(np.float32)])
     x = torch.from_numpy(numbers).to(device)
     got = torch.full((2, len(numbers)), torch.nan, device=device)
     grid = (triton.cdiv(len(numbers), 1024),)
