@@ -465,14 +465,15 @@ struct Attention : Args {
             return rows_of(s, in_sequence % kv_heads, in_sequence / kv_heads * MAX_ROWS);
         };
         if (num_items < 4 * num_threads()) return run_by_pieces(num_items, item);
-        // A thread takes all KV heads of a sequence, since they lie side by side in each block.
-        const int64_t num_takes = num_items / kv_heads;
+        // A thread takes all KV heads of a sequence, since they lie side by side in each block, if enough takes are left.
+        const int64_t heads_at_a_time = num_items / kv_heads < 4 * num_threads() ? 1 : kv_heads;
+        const int64_t num_takes = num_items / heads_at_a_time;
         parallel_for(num_takes, [&](int64_t index) {
             const int64_t take = num_takes - 1 - index;  // the longest rows of a prefill first
             const int64_t likely_next = std::max<int64_t>(0, take - num_threads());
-            for (int64_t h = 0; h < kv_heads; h++) {
-                const Rows rows = item(take * kv_heads + h);
-                const Rows next = item(h + 1 < kv_heads ? take * kv_heads + h + 1 : likely_next * kv_heads);
+            for (int64_t i = take * heads_at_a_time; i < (take + 1) * heads_at_a_time; i++) {
+                const Rows rows = item(i);
+                const Rows next = item((i + 1) % heads_at_a_time ? i + 1 : likely_next * heads_at_a_time);
                 Partial p;
                 attend_pieces(p, rows, next, 0, num_pieces(rows));
                 finish(p, rows);

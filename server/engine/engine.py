@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from octavo.kernels import backend
-from octavo.kernels.cpu.library import multiplies_bf16, set_num_threads
+from octavo.kernels.cpu.library import library, multiplies_bf16, set_num_threads
 from octavo.models.config import ConfigError, ModelConfig, read_config
 from octavo.models.llama import Llama
 from octavo.models.loader import CheckpointError, load
@@ -49,6 +49,7 @@ def choose_device(wanted: str, exactness: str) -> None:
     if exactness == "fast" and not has_gpu:
         raise StartupError("--exactness is fast, which is for GPUs alone")
     try:
+        library()  # a variant that is asked for and cannot run is refused, whichever kernels are used
         if has_gpu:
             backend.select(os.environ.get("OCTAVO_KERNELS") or "triton", "cuda", exact=exactness != "fast")
         else:
