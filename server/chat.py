@@ -125,7 +125,7 @@ def _answer(client: httpx.Client, body: dict[str, Any]) -> Iterator[str]:
 
 
 def _lines(response: httpx.Response) -> Iterator[bytes]:
-    """Complete lines. Cut at newlines alone: httpx's iter_lines also cuts at U+2028, which JSON may hold."""
+    """Complete lines. Cut at newlines alone: iter_lines also cuts at U+2028, which another server's JSON may hold."""
     rest = b""
     for data in response.iter_bytes():
         *lines, rest = (rest + data).split(b"\n")

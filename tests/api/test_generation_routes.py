@@ -171,6 +171,15 @@ async def test_a_stream_adds_up_to_the_whole(tmp_path: Path, step_size: int, opt
                     assert content == choice["logprobs"]["content"]
 
 
+async def test_a_stream_is_cut_into_lines_alike_by_everybody(tmp_path: Path) -> None:
+    text = "a\x85b\u2028\\\u2029 c\x0b\x1c\r\n d "
+    async with serving(tmp_path, text) as server:
+        answer = await server.http.post("/v1/completions", json={"prompt": "Hi", "max_tokens": 60, "stream": True})
+        events = [line.removeprefix("data: ") for line in answer.text.splitlines() if line]
+        assert events.pop() == "[DONE]"
+        assert "".join(json.loads(event)["choices"][0]["text"] for event in events) == text + "0"
+
+
 async def test_stop_strings_end_the_choice_and_its_bill(tmp_path: Path) -> None:
     async with serving(tmp_path, "Hello stop here ", step_size=3) as server:
         answer = await server.ok("/v1/completions", prompt="Hi", stop="stop", max_tokens=50, n=2, return_token_ids=True)
