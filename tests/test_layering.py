@@ -38,7 +38,8 @@ RULES: list[tuple[str, frozenset[str], frozenset[str] | None]] = [
     ("octavo.server.engine.scheduler", PURE, None),
     ("octavo.server.engine.channel", frozenset({"octavo.server.engine.request"}), HTTP | MODEL),
     ("octavo.server.engine.journal", ASKING | SHARED, HTTP | MODEL),
-    ("octavo.server.engine.client", ASKING | SHARED, HTTP | MODEL),
+    ("octavo.server.engine.group", SHARED, HTTP | MODEL | {"asyncio"}),
+    ("octavo.server.engine.client", ASKING | SHARED | {"octavo.server.engine.group"}, HTTP | MODEL),
     (
         "octavo.server.engine",  # what runs in the engine process
         SHARED | {"octavo.server.engine", "octavo.models", "octavo.kernels"},

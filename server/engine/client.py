@@ -6,11 +6,6 @@ stream's own code: a step's deltas are handed out in the call that read them, wh
 
 import asyncio
 import logging
-import os
-import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from typing import Literal
@@ -31,12 +26,14 @@ from octavo.server.engine.channel import (
     decode_to_front_end,
     encode_frame,
 )
+from octavo.server.engine.group import Group
 from octavo.server.engine.journal import Journal
 from octavo.server.engine.request import Delta, GenerationRequest
 from octavo.server.errors import EngineError, StartupError
 
 log = logging.getLogger("octavo")
 
+EPOCH = 0
 PING_S = 2.0  # an engine not heard of for this long is asked for a sign of life
 STALL_S = 30.0  # not heard of for this long: stalled
 STOP_S = 5.0  # how long a stopping engine may take before it is killed
@@ -61,7 +58,7 @@ class EngineClient(asyncio.Protocol):
         self.journal = Journal()
         self._buffer = FrameBuffer()
         self._callers: dict[str, tuple[OnDeltas, OnError]] = {}  # by request id
-        self._process: subprocess.Popen[bytes] | None = None
+        self._group: Group | None = None
         self._transport: asyncio.WriteTransport | None = None
         self._pinging: asyncio.Task[None] | None = None
         self._ready: asyncio.Future[EngineInfo] | None = None
@@ -78,25 +75,15 @@ class EngineClient(asyncio.Protocol):
 
     @property
     def pid(self) -> int | None:
-        """Process id of the engine, once it is started."""
-        return self._process.pid if self._process else None
+        """Process id of rank 0, once it is started."""
+        return self._group.pids[0] if self._group else None
 
     async def start(self) -> None:
         """Start the process and wait until the model is loaded. Raises StartupError with the engine's own words."""
-        ours, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "octavo.server.engine.process"]
-        command += [str(theirs.fileno()), str(os.getpid()), self._config.to_json()]
-        # Ctrl-C and service managers signal the whole group; when to stop is decided here. The mask is inherited, so
-        # that no signal finds the process before it could have said so itself.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-        try:
-            self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        theirs.close()
+        self._group = Group(self._config, EPOCH)
         loop = asyncio.get_running_loop()
         self._ready = loop.create_future()
-        self._transport, _ = await loop.create_connection(lambda: self, sock=ours)
+        self._transport, _ = await loop.create_connection(lambda: self, sock=self._group.channel)
         self._pinging = asyncio.create_task(self._ping())
         self.info = await self._ready
         self._state = "ok"
@@ -108,12 +95,9 @@ class EngineClient(asyncio.Protocol):
             self._pinging.cancel()
         if self._transport is not None:
             self._transport.close()
-        if self._process is not None:
-            try:
-                await asyncio.to_thread(self._process.wait, STOP_S)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                await asyncio.to_thread(self._process.wait)
+        if self._group is not None and not await asyncio.to_thread(self._group.wait, STOP_S):
+            self._group.kill()
+            await asyncio.to_thread(self._group.wait, STOP_S)
         self._state = "dead"
 
     def begin(self, request: GenerationRequest, on_deltas: OnDeltas, on_error: OnError) -> None:

@@ -1,4 +1,4 @@
-"""The engine process: `python -m octavo.server.engine.process FD PARENT_PID CONFIG`, with a socket that it inherits.
+"""The engine process: `python -m octavo.server.engine.process FD PARENT_PID EPOCH CONFIG`; FD is a socket it inherits.
 
 Receives requests, runs steps while there is work, replies with deltas; ends when the other side of the socket does.
 Started with SIGINT and SIGTERM blocked.
@@ -31,7 +31,6 @@ from octavo.server.engine.channel import (
 from octavo.server.engine.engine import Engine
 from octavo.server.errors import StartupError
 
-EPOCH = 0
 RECEIVE_BYTES = 1 << 20
 PR_SET_PDEATHSIG = 1
 
@@ -46,8 +45,8 @@ def die_with_parent(parent_pid: int) -> None:
 class EngineProcess:
     """Serves one engine over one socket."""
 
-    def __init__(self, engine: Engine, channel: socket.socket) -> None:
-        self._engine, self._channel = engine, channel
+    def __init__(self, engine: Engine, channel: socket.socket, epoch: int) -> None:
+        self._engine, self._channel, self._epoch = engine, channel, epoch
         self._buffer = FrameBuffer()
 
     def run(self) -> None:
@@ -55,7 +54,7 @@ class EngineProcess:
         while self._receive(block=not self._engine.has_work):
             if self._engine.has_work:
                 deltas = self._engine.step()
-                self._send(StepOutput(EPOCH, deltas, self._engine.stats()))
+                self._send(StepOutput(self._epoch, deltas, self._engine.stats()))
 
     def _receive(self, block: bool) -> bool:
         """Handle what has come in; with `block`, wait for something. False: the other side is gone."""
@@ -73,7 +72,7 @@ class EngineProcess:
                 self._engine.add(request)
             case Abort(request_id, choice_index):
                 deltas = self._engine.abort(request_id, choice_index)
-                self._send(StepOutput(EPOCH, deltas, self._engine.stats()))
+                self._send(StepOutput(self._epoch, deltas, self._engine.stats()))
             case Ping(sent_s):
                 self._send(Pong(sent_s, self._engine.stats()))
 
@@ -87,13 +86,13 @@ def main() -> int:
     channel = socket.socket(fileno=int(sys.argv[1]))
     started = False
     try:
-        engine = Engine(EngineConfig.from_json(sys.argv[3]))
+        engine = Engine(EngineConfig.from_json(sys.argv[4]))
         channel.sendall(encode_frame(Ready(engine.info)))
         started = True
         # Nothing loaded so far is ever garbage: keep the collector from walking it.
         gc.collect()
         gc.freeze()
-        EngineProcess(engine, channel).run()
+        EngineProcess(engine, channel, epoch=int(sys.argv[3])).run()
     except (BrokenPipeError, ConnectionResetError):
         return 0
     except Exception as error:

@@ -34,7 +34,7 @@ from octavo.server.errors import EngineError, StartupError
 class Process:
     """Stands for the engine process: the test has its end of the socket."""
 
-    pid = 0
+    pid = os.getpid()
 
     def __init__(self, command: list[str], pass_fds: list[int], stdin: int) -> None:
         self.channel = socket.socket(fileno=os.dup(pass_fds[0]))
