@@ -25,6 +25,21 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
     return out.to(out_dtype)
 
 
+def dequantize_4bit(
+    codes: Tensor, table: Tensor, scales: Tensor, offsets: Tensor | None, shift: str | None, dtype: torch.dtype
+) -> Tensor:
+    """table[code] * scale, with an offset or less the zero point, rounded to float32 and then to `dtype`.
+
+    codes: [n, k], of 4 bits; table: [16]; scales, and offsets or zero points: [n, k / group size]; returns [n, k].
+    """
+    scale = scales.double().unsqueeze(2)
+    values: Tensor = table.double()[codes.long()].unflatten(1, (scales.shape[1], -1)) * scale
+    if offsets is not None:
+        offset = offsets.double().unsqueeze(2)
+        values = values + (-(offset * scale).float() if shift == "zero" else offset)
+    return values.flatten(1).float().to(dtype)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension; x is first added to the residual, if given."""
     if residual is not None:

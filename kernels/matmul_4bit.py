@@ -1,0 +1,181 @@
+"""Linear layers whose weights stay quantised: the product of the dequantised weight, in every bit."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from octavo.kernels import reference
+from octavo.kernels.backend import device, kernels
+from octavo.kernels.checks import check, compute_dtypes, output
+
+SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+PANEL = 16
+
+
+@dataclass(frozen=True, slots=True)
+class CodeFormat:
+    """What a weight's codes mean: round(table[code] * scale) in the compute dtype, in groups of `group_size` along k.
+
+    `table` has 16 entries, for codes of 4 bits. `shift` is what else each group has, in the scale's dtype: an "offset",
+    round(fma(table[code], scale, offset)); or a "zero" point, for which offset = -(zero * scale), exact in float32
+    where scale and zero point have 16 bits.
+    """
+
+    table: tuple[float, ...]
+    group_size: int
+    scale_dtype: torch.dtype = torch.float32
+    shift: Literal["offset", "zero"] | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError on a wrong field."""
+        if len(self.table) != 16:
+            raise ValueError(f"table: has {len(self.table)} entries, expected 16")
+        if self.group_size < 16 or self.group_size % 16:
+            raise ValueError(f"group_size: is {self.group_size}, expected a multiple of 16")
+        if self.scale_dtype not in SCALE_DTYPES:
+            raise ValueError(f"scale_dtype: is {self.scale_dtype}, expected {' or '.join(map(str, SCALE_DTYPES))}")
+
+
+@dataclass(slots=True)
+class Packed4Bit:
+    """A quantised weight [n, k] in the order that the ops read.
+
+    Plain, for Triton and torch: `codes` [n, k / 2] uint8, even k in the low half of a byte, odd k in the high one;
+    `scales` and `offsets` (or zero points; None without a shift) [n, k / group_size] in the format's scale dtype.
+    `table` is the format's, float32. The rows are `num_parts` parts of equal size. `dtype` is that of the dequantised
+    weight, of x and, usually, of the result.
+    """
+
+    format: CodeFormat
+    n: int
+    k: int
+    dtype: torch.dtype
+    table: Tensor
+    codes: Tensor
+    scales: Tensor
+    offsets: Tensor | None
+    num_parts: int = 1
+
+    def write_rows(self, begin: int, codes: Tensor, scales: Tensor, offsets: Tensor | None = None) -> None:
+        """Place rows, of any device, at [begin, begin + rows) of one part.
+
+        codes: [rows, k] uint8, below 16; scales, and offsets or zero points: [rows, k / group_size], 16 or 32 bits.
+        Raises ValueError on a wrong argument.
+        """
+        form = self.format
+        codes, scales = codes.to(self.codes.device), scales.to(self.codes.device)
+        check(codes, "codes", (None, self.k), torch.uint8, contiguous=False)
+        rows, part_size = codes.shape[0], self.n // self.num_parts
+        check(scales, "scales", (rows, self.k // form.group_size), SCALE_DTYPES, contiguous=False)
+        if (offsets is None) != (form.shift is None):
+            raise ValueError(f"offsets: {'missing' if form.shift else 'given'}, but the format's shift is {form.shift}")
+        if offsets is not None:
+            offsets = offsets.to(self.codes.device)
+            check(offsets, "offsets", scales.shape, SCALE_DTYPES, contiguous=False)
+        part, row_begin = divmod(begin, part_size)
+        if not 0 <= part < self.num_parts or row_begin + rows > part_size:
+            raise ValueError(f"codes: rows [{begin}, {begin + rows}) do not fit the {self.n} rows that are packed")
+        self.codes[begin : begin + rows] = codes[:, ::2] | codes[:, 1::2] << 4
+        self.scales[begin : begin + rows] = scales
+        if self.offsets is not None and offsets is not None:
+            self.offsets[begin : begin + rows] = offsets
+
+    def plain_codes(self) -> Tensor:
+        """[n, k] uint8, where the layout is plain."""
+        return torch.stack((self.codes & 15, self.codes >> 4), dim=-1).flatten(1)
+
+
+def packed_4bit_bytes(n: int, k: int, form: CodeFormat) -> int:
+    """Bytes of a quantised weight [n, k]: what `empty_packed_4bit` allocates."""
+    group_bytes = form.group_size // 2 + form.scale_dtype.itemsize * (2 if form.shift else 1)
+    return n * (k // form.group_size) * group_bytes + 16 * torch.float32.itemsize
+
+
+def empty_packed_4bit(n: int, k: int, dtype: torch.dtype, form: CodeFormat, num_parts: int = 1) -> Packed4Bit:
+    """A quantised weight to be filled with `write_rows`.
+
+    Raises ValueError where k is not whole groups, and for several parts that are not whole panels of 16 rows.
+    """
+    if dtype not in compute_dtypes():
+        raise ValueError(f"dtype: is {dtype}, expected {' or '.join(map(str, compute_dtypes()))}")
+    if k % form.group_size:
+        raise ValueError(f"k: is {k}, expected a multiple of the group size, {form.group_size}")
+    if num_parts > 1 and n % (num_parts * PANEL):
+        raise ValueError(f"n: is {n}, expected a multiple of {num_parts} parts of {PANEL}")
+    table = torch.tensor(form.table, dtype=torch.float32, device=device())
+    codes = torch.zeros((n, k // 2), dtype=torch.uint8, device=device())
+    scales = torch.zeros((n, k // form.group_size), dtype=form.scale_dtype, device=device())
+    offsets = torch.zeros_like(scales) if form.shift else None
+    return Packed4Bit(form, n, k, dtype, table, codes, scales, offsets, num_parts)
+
+
+def matmul_4bit(
+    x: Tensor,
+    weight: Packed4Bit,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """`matmul` of the dequantised weight.
+
+    x: [m, k], rows may be strided, dtype of the weight; bias: [n] float32; residual: [m, n], dtype of the result.
+    Returns [m, n] in `out_dtype` (default x's; float32 is the other choice), in `out` if given, which may be the
+    residual. Raises ValueError on a wrong argument.
+    """
+    out_dtype = out_dtype or x.dtype
+    check(x, "x", (None, weight.k), weight.dtype, contiguous=False)
+    m = x.shape[0]
+    if weight.num_parts != 1:
+        raise ValueError(f"weight: has {weight.num_parts} parts, expected 1")
+    if bias is not None:
+        check(bias, "bias", (weight.n,), torch.float32)
+    if residual is not None:
+        check(residual, "residual", (m, weight.n), out_dtype)
+    out = output(out, (m, weight.n), out_dtype)
+    if kernels() != "triton":
+        return out.copy_(reference.matmul(x, dequantize_4bit(weight), bias, residual, out_dtype))
+    _launch(x, weight, bias, residual, out)
+    return out
+
+
+def gated_matmul_4bit(x: Tensor, weight: Packed4Bit, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """`gated_matmul` of the dequantised weight.
+
+    x: [m, k], rows may be strided; weight: of two parts, gate first; bias: [n] float32. Returns [m, n / 2] in x's
+    dtype, in `out` if given. Raises ValueError on a wrong argument.
+    """
+    check(x, "x", (None, weight.k), weight.dtype, contiguous=False)
+    if weight.num_parts != 2:
+        raise ValueError(f"weight: has {weight.num_parts} parts, expected 2")
+    if bias is not None:
+        check(bias, "bias", (weight.n,), torch.float32)
+    out = output(out, (x.shape[0], weight.n // 2), x.dtype)
+    if kernels() != "triton":
+        return out.copy_(reference.gated_matmul(x, dequantize_4bit(weight), bias))
+    _launch(x, weight, bias, None, out)
+    return out
+
+
+def dequantize_4bit(weight: Packed4Bit, out: Tensor | None = None) -> Tensor:
+    """The weight as numbers, [n, k] in its compute dtype, in `out` if given."""
+    out = output(out, (weight.n, weight.k), weight.dtype)
+    if kernels() != "triton":
+        form = weight.format
+        return out.copy_(
+            reference.dequantize_4bit(
+                weight.plain_codes(), weight.table, weight.scales, weight.offsets, form.shift, weight.dtype
+            )
+        )
+    from octavo.kernels.gpu import dequantize_4bit as gpu  # type: ignore[attr-defined]
+
+    gpu.launch(weight, out)
+    return out
+
+
+def _launch(x: Tensor, weight: Packed4Bit, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> None:
+    from octavo.kernels.gpu import matmul_4bit as gpu  # type: ignore[attr-defined]
+
+    gpu.launch(x, weight, bias, residual, out, gated=weight.num_parts == 2)
