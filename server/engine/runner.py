@@ -230,37 +230,44 @@ class Runner:
     def warm_up(self, num_tokens: int) -> None:
         """Touch what a step uses: one prefill of `num_tokens` tokens and one decode, on blocks that nobody owns yet.
 
-        On a GPU kernels are compiled meanwhile, so steps of other sizes come too, and graphs are captured.
+        On a GPU every kernel is compiled before, and graphs are captured after.
         """
-        num_tokens = min(num_tokens, self._tokens.shape[1] - 1)
         if device().type == "cuda":
-            # Kernels may be made for a few rows and for many, and for multiples of 16 by themselves.
-            for power in (1 << shift for shift in range(num_tokens.bit_length())):
-                self._prefill(1, power)
-                self._prefill(1, min(power + 1, num_tokens))
-        self._prefill(1, num_tokens)
+            self.compile_kernels()
+        num_tokens = min(num_tokens, self._tokens.shape[1] - 1)
+        choice = NewChoice(0, 0, [0] * num_tokens, num_tokens, SamplingParams(max_tokens=2, temperature=0.0))
+        blocks = list(range(-(-(num_tokens + 1) // self._block_size)))
+        self.execute(StepPlan(0, 0, [choice], [(0, blocks)], [0], [0], [num_tokens], [True]))
         self.execute(StepPlan(0, 0, [], [], [0], [num_tokens], [1], [True]))
         if self._use_graphs:
             self._inputs.pad_decodes(0, self._decode_sizes[-1])
             self._inputs.copy_to_device(self._decode_sizes[-1])
             self._graphs = Graphs(lambda size: self._launch(size, size, 1, self._tokens.shape[1]), self._decode_sizes)
-        if device().type == "cuda":
-            for size in self._decode_sizes:
-                self._prefill(size, 1)
 
-    def _prefill(self, num_choices: int, num_tokens: int) -> None:
-        """A step in which so many choices, all in the same blocks, compute a prompt of `num_tokens` tokens."""
-        params = SamplingParams(max_tokens=2, temperature=0.0)
-        blocks = list(range(-(-(num_tokens + 1) // self._block_size)))
-        plan = StepPlan(0, 0)
-        for slot in range(num_choices):
-            plan.new_choices.append(NewChoice(slot, 0, [0] * num_tokens, num_tokens, params))
-            plan.new_blocks.append((slot, blocks))
-            plan.slots.append(slot)
-            plan.starts.append(0)
-            plan.nums.append(num_tokens)
-            plan.samples.append(True)
-        self.execute(plan)
+    def compile_kernels(self) -> None:
+        """Launch each of Triton's kernels in every form that a step may need, so that none is compiled meanwhile.
+
+        There are forms for few rows and for many, for a sequence's few or many new tokens, and for short or long
+        contexts. Where they part, it is between a power of two and the next number.
+        """
+        host, max_len = self._inputs.host, self._tokens.shape[1]
+        for part in host.values():
+            part[...] = 0
+        host["slots"][:] = -1  # padding alone: attention and the cache have nothing to do
+        self._inputs.copy_to_device(1)
+        for num_tokens in _around_powers_of_two(len(host["slots"])):
+            self._launch(num_tokens, 1, num_tokens, 1)
+            self._launch(1, 1, num_tokens, max_len)
+        rows = np.zeros(min(LOGITS_ROWS, len(host["slots"])), ROW)
+        rows["num_top"] = 1
+        for num_rows in _around_powers_of_two(len(rows)):
+            self._sample_rows(self._activations.normed, rows[:num_rows], np.array([], EDIT), np.array([], np.int32))
+
+
+def _around_powers_of_two(largest: int) -> list[int]:
+    """Every power of two and the number after it, none above `largest`, which is the last."""
+    powers = [1 << shift for shift in range(largest.bit_length())]
+    return sorted({size for power in powers for size in (power, power + 1) if size < largest} | {largest})
 
 
 def _banned(params: SamplingParams, output: np.ndarray) -> list[tuple[int, float]]:
