@@ -127,6 +127,7 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
         if value % 16:
             raise ConfigError(f"{name} is {value}, expected a multiple of 16")
     attention_bias = _flag(raw, "attention_bias")
+    rope = _rope(raw)
     return ModelConfig(
         architecture=architecture,
         dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
@@ -138,14 +139,14 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
         num_kv_heads=kv_heads,
         head_size=head_size,
         rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
-        max_position=_size(raw, "max_position_embeddings", 2048),
+        max_position=_max_position(raw, rope),
         tie_word_embeddings=_flag(raw, "tie_word_embeddings"),
         qkv_bias=always_qkv_bias or attention_bias,
         output_bias=attention_bias,
         mlp_bias=_flag(raw, "mlp_bias"),
         qk_norm=qk_norm,
         windows=_windows(raw, architecture, layers),
-        rope=_rope(raw),
+        rope=rope,
     )
 
 
@@ -223,6 +224,13 @@ def _rope(raw: Mapping[str, Any]) -> RopeConfig:
         truncate="truncate" not in scaling or _flag(scaling, "truncate"),
         attention_factor=_yarn_attention_factor(scaling, factor) if kind == "yarn" else 1.0,
     )
+
+
+def _max_position(raw: Mapping[str, Any], rope: RopeConfig) -> int:
+    """max_position_embeddings, or, where that is of the time before the rope was stretched, what it is stretched to."""
+    given = _size(raw, "max_position_embeddings", 2048)
+    stretched = {"linear": given, "yarn": rope.original_max_position}.get(rope.kind, 0) * rope.factor
+    return max(given, int(min(stretched, _BOUNDS["max_position_embeddings"][1])))
 
 
 def _yarn_attention_factor(scaling: Mapping[str, Any], factor: float) -> float:

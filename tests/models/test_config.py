@@ -80,6 +80,24 @@ def test_old_and_new_names_of_rope() -> None:
     assert old.rope.theta == 5e5 and old.rope.original_max_position == 64
 
 
+@pytest.mark.parametrize(
+    ("rope", "max_position"),
+    [
+        ({"rope_type": "default"}, 4000),
+        ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 1000}, 4000),
+        ({"rope_type": "linear", "factor": 2.5}, 10000),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 3000}, 12000),  # as Qwen3's
+        ({"rope_type": "yarn", "factor": 4.0}, 16000),
+        ({"rope_type": "yarn", "original_max_position_embeddings": 1000}, 4000),
+        ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 1000}, 4000),
+        ({"rope_type": "yarn", "factor": 1e11, "original_max_position_embeddings": 1000}, 1 << 27),
+    ],
+)
+def test_positions_end_where_the_rope_is_stretched_to(rope: dict[str, Any], max_position: int) -> None:
+    config = {**LLAMA, "max_position_embeddings": 4000, "rope_scaling": rope}
+    assert parse_config(config).max_position == max_position
+
+
 def test_windows_per_layer() -> None:
     qwen = {**LLAMA, "architectures": ["Qwen2ForCausalLM"], "sliding_window": 7, "max_window_layers": 1}
     assert parse_config(qwen).windows == (0, 0, 0)
