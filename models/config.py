@@ -83,6 +83,11 @@ _BOUNDS = {
     "max_window_layers": (0, 1024),
     "original_max_position_embeddings": (1, 1 << 27),
 }
+_ROPE_KEYS = (
+    *("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor"),
+    *("low_freq_factor", "high_freq_factor"),  # of llama3
+    *("beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim"),  # of yarn
+)
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -198,19 +203,27 @@ def _windows(raw: Mapping[str, Any], architecture: str, layers: int) -> tuple[in
 
 
 def _rope(raw: Mapping[str, Any]) -> RopeConfig:
-    parameters = raw.get("rope_parameters") or {}
-    scaling = raw.get("rope_scaling") or parameters
-    if not isinstance(parameters, dict) or not isinstance(scaling, dict):
-        raise ConfigError("rope_parameters: expected an object")
-    theta = _number(parameters if "rope_theta" in parameters else raw, "rope_theta", 10000.0)
-    scaling = {key: value for key, value in scaling.items() if value is not None}
+    scaling: dict[str, Any] = {}
+    for name in ("rope_parameters", "rope_scaling"):  # the new name, the old one
+        if not isinstance(given := raw.get(name) or {}, dict):
+            raise ConfigError(f"{name}: expected an object")
+        scaling |= {key: value for key, value in given.items() if value is not None}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in ("default", "linear", "llama3", "yarn"):
         raise ConfigError(f"rope type {kind!r} is not supported; supported: default, linear, llama3, yarn")
+    for key in scaling:
+        if key not in _ROPE_KEYS:
+            raise ConfigError(f"{key} is not supported in rope_parameters; supported: {', '.join(_ROPE_KEYS)}")
+    if kind in ("linear", "llama3") and "factor" not in scaling:
+        raise ConfigError(f"factor is missing, with rope type {kind}")
+    for holder in (raw, scaling):
+        if (part := holder.get("partial_rotary_factor")) not in (None, 1):
+            raise ConfigError(f"partial_rotary_factor is {part!r}, expected 1: these models rotate whole heads")
+    theta = _number(scaling if "rope_theta" in scaling else raw, "rope_theta", 10000.0)
     if kind == "yarn" and theta <= 1:
         raise ConfigError(f"rope_theta is {theta}, expected more than 1 with rope type yarn")
     max_position = _size(raw, "max_position_embeddings", 2048)
-    original = _size(scaling, "original_max_position_embeddings", max_position if kind == "yarn" else 8192)
+    original = _size(scaling, "original_max_position_embeddings", max_position)
     factor = _number(scaling, "factor", max_position / original if kind == "yarn" else 1.0)
     return RopeConfig(
         theta=theta,

@@ -41,6 +41,13 @@ QWEN_WINDOW: dict[str, Any] = {
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
         ({"rope_scaling": {"rope_type": "yarn", "attention_factor": 0}}, "attention_factor is 0"),
         ({"rope_theta": 1.0, "rope_scaling": {"rope_type": "yarn"}}, "rope_theta is 1.0"),
+        ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0]}}, "rope type 'longrope'"),
+        ({"rope_scaling": {"type": "default", "mrope_section": [16, 24, 24]}}, "mrope_section is not supported"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "extrapolation_factor": 1.0}}, "extrapolation_factor is not"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "full_attention is not supported in rope_param"),
+        ({"rope_parameters": {"full_attention": {}}, "rope_scaling": {"type": "yarn"}}, "full_attention is not supp"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, expected 1"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.25}}, "partial_rotary_factor is 0.25, expected 1"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
         ({"architectures": ["MistralForCausalLM"], "sliding_window": 0}, "sliding_window is 0"),
         ({"architectures": ["MistralForCausalLM"], "sliding_window": True}, "sliding_window is True"),
@@ -56,7 +63,8 @@ QWEN_WINDOW: dict[str, Any] = {
         (QWEN_WINDOW, "max_window_layers is None"),
         ({**QWEN_WINDOW, "layer_types": 5}, "layer_types: expected 3 entries"),
         ({**QWEN_WINDOW, "layer_types": [[], [], []]}, "layer_types: expected 3 entries"),
-        ({"rope_scaling": {"rope_type": "llama3", "original_max_position_embeddings": 1e-5}}, "is 1e-05"),
+        ({"rope_scaling": {"rope_type": "yarn", "original_max_position_embeddings": 1e-5}}, "is 1e-05"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "factor is missing"),
     ],
 )
 def test_refused(change: dict[str, Any], words: str) -> None:
@@ -78,6 +86,13 @@ def test_old_and_new_names_of_rope() -> None:
     new = parse_config({**LLAMA, "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **scaling}})
     assert old == new
     assert old.rope.theta == 5e5 and old.rope.original_max_position == 64
+    assert parse_config({**LLAMA, "rope_scaling": {"rope_type": "llama3", "rope_theta": 5e5, **scaling}}) == old
+
+
+def test_keys_of_rope_that_say_nothing_are_accepted() -> None:
+    nothing = {"rope_type": "default", "partial_rotary_factor": 1.0, "mrope_section": None}
+    with_them = {**LLAMA, "partial_rotary_factor": None, "rope_scaling": None, "rope_parameters": nothing}
+    assert parse_config(with_them) == parse_config(LLAMA)
 
 
 @pytest.mark.parametrize(
