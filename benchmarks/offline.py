@@ -1,4 +1,4 @@
-"""The engine by itself, in process and without HTTP: prefill and decode rates beside the machine's ceiling.
+"""The engine by itself on the CPU, in process and without HTTP: prefill and decode rates beside the machine's ceiling.
 
     python -m octavo.benchmarks.offline MODEL --batch-size 1,8,32
 
@@ -245,6 +245,7 @@ def run(args: argparse.Namespace, make_engine: Callable[[EngineConfig], StepEngi
     engine = make_engine(
         EngineConfig(
             model=args.model,
+            device="cpu",
             dtype=args.dtype,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=args.max_num_batched_tokens,

@@ -1,4 +1,4 @@
-"""One decode step of the engine, in process: where each of its milliseconds is.
+"""One decode step of the engine on the CPU, in process: where each of its milliseconds is.
 
     python -m octavo.benchmarks.step_profile MODEL --batch-size 1,32 --context-len 256
 
@@ -51,6 +51,7 @@ def decode_engine(model: str, prompt_lens: Sequence[int], output_len: int, max_m
     return Engine(
         EngineConfig(
             model=model,
+            device="cpu",
             max_model_len=max_model_len,
             max_num_seqs=len(prompt_lens),
             max_num_batched_tokens=max(EngineConfig().max_num_batched_tokens, sum(prompt_lens)),

@@ -115,3 +115,4 @@ def test_run_states_the_ceiling_first(
     (engine,) = engines
     assert engine.num_seen == 1 + 2 + 1 + 3
     assert engine.config.max_num_seqs == 3 and not engine.config.enable_prefix_caching
+    assert engine.config.device == "cpu"  # whose ceiling was stated

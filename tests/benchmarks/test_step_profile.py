@@ -13,6 +13,7 @@ from octavo.benchmarks.step_profile import decode_engine, decoding, op_names, pr
 from octavo.kernels import program
 from octavo.kernels.cpu.library import library
 from octavo.models.config import read_config
+from octavo.server.config import EngineConfig
 from octavo.server.engine import runner
 from octavo.server.engine.engine import Engine
 
@@ -45,6 +46,15 @@ def test_profiled_steps_give_the_same_tokens_and_leave_the_engine_as_it_was(engi
     assert [len(choice) for choice in plain] == [5 + 1 + 8] * 3
     assert tokens(engine, profile_step) == plain
     assert (engine.runner._forward.run, vars(runner)["sample"], engine.scheduler.plan_step) == functions
+
+
+def test_a_step_of_the_cpu_is_profiled_also_where_there_is_a_gpu(
+    tiny_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs: list[EngineConfig] = []
+    monkeypatch.setattr(step_profile, "Engine", configs.append)
+    decode_engine(str(tiny_checkpoint("smollm2")), [5], 12)
+    assert [config.device for config in configs] == ["cpu"]
 
 
 @needs_native_ops
