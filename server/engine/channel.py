@@ -16,9 +16,10 @@ MAX_FRAME_BYTES = 256 << 20
 
 
 class Add(msgspec.Struct, tag="add"):
-    """Front end -> engine: run this request."""
+    """Front end -> engine: run this request, or go on with it."""
 
     request: GenerationRequest
+    committed: dict[int, list[int]] | None = None  # of choices that an earlier engine has begun: `Scheduler.add`
 
 
 class Abort(msgspec.Struct, tag="abort"):

@@ -208,9 +208,9 @@ class Engine:
         """Whether any choice runs or waits."""
         return self.scheduler.has_work
 
-    def add(self, request: GenerationRequest) -> None:
-        """Queue a valid request."""
-        self.scheduler.add(request)
+    def add(self, request: GenerationRequest, committed: dict[int, list[int]] | None = None) -> None:
+        """Queue a valid request, or go on with one from its committed tokens, as `Scheduler.add` has it."""
+        self.scheduler.add(request, committed)
 
     def abort(self, request_id: str, choice_index: int | None = None) -> list[Delta]:
         """End one choice, or all of a request; unknown ids are ignored."""

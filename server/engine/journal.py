@@ -46,6 +46,15 @@ class Journal:
             entry.open_choices.discard(delta.choice_index)
         return True
 
+    def unfinished(self) -> list[tuple[GenerationRequest, dict[int, list[int]]]]:
+        """What another engine has to go on with: requests in the order of their arrival, and of each the tokens of its
+        open choices, as `Scheduler.add` takes them."""
+        return [
+            (entry.request, {index: entry.committed[index] for index in sorted(entry.open_choices)})
+            for entry in self.entries.values()
+            if entry.open_choices
+        ]
+
     def close(self, request_id: str) -> None:
         """Forget a request that has ended, or that nobody waits for."""
         self.entries.pop(request_id, None)

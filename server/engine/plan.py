@@ -19,6 +19,7 @@ class NewChoice:
     token_ids: list[int]  # prompt, then committed tokens
     num_prompt_tokens: int
     params: SamplingParams
+    scores_prompt: bool  # params.prompt_logprobs are wanted
 
 
 @dataclass(slots=True)

@@ -68,8 +68,8 @@ class EngineProcess:
 
     def _handle(self, message: ToEngine) -> None:
         match message:
-            case Add(request):
-                self._engine.add(request)
+            case Add(request, committed):
+                self._engine.add(request, committed)
             case Abort(request_id, choice_index):
                 deltas = self._engine.abort(request_id, choice_index)
                 self._send(StepOutput(self._epoch, deltas, self._engine.stats()))

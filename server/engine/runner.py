@@ -125,8 +125,7 @@ class Runner:
         row["target"] = -1
         special = params.logit_bias or params.allowed_token_ids or params.bad_words or params.min_tokens
         (self._special.add if special else self._special.discard)(slot)
-        scores_prompt = params.prompt_logprobs is not None and choice.choice_index == 0
-        (self._wants_prompt_logprobs.add if scores_prompt else self._wants_prompt_logprobs.discard)(slot)
+        (self._wants_prompt_logprobs.add if choice.scores_prompt else self._wants_prompt_logprobs.discard)(slot)
 
     def _fill_batch(
         self, slots: np.ndarray, starts: np.ndarray, nums: np.ndarray, ends: np.ndarray, sampled: np.ndarray
@@ -235,7 +234,7 @@ class Runner:
         if device().type == "cuda":
             self.compile_kernels()
         num_tokens = min(num_tokens, self._tokens.shape[1] - 1)
-        choice = NewChoice(0, 0, [0] * num_tokens, num_tokens, SamplingParams(max_tokens=2, temperature=0.0))
+        choice = NewChoice(0, 0, [0] * num_tokens, num_tokens, SamplingParams(max_tokens=2, temperature=0.0), False)
         blocks = list(range(-(-(num_tokens + 1) // self._block_size)))
         self.execute(StepPlan(0, 0, [choice], [(0, blocks)], [0], [0], [num_tokens], [True]))
         self.execute(StepPlan(0, 0, [], [], [0], [num_tokens], [1], [True]))

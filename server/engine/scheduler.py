@@ -60,6 +60,11 @@ class _Choice:
         """Prompt logprobs need the hidden state of every prompt token, so they need every one computed."""
         return self.prompt_logprobs is None
 
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether log-probabilities of the prompt are still to be computed."""
+        return self.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt_tokens
+
 
 class Scheduler:
     """Hands out slots, blocks and the token budget; commits what steps produce. Not for use by two threads at once.
@@ -123,8 +128,12 @@ class Scheduler:
             num_waiting = 0
         return num_decodes, len(self._running) - num_decodes + num_waiting
 
-    def add(self, request: GenerationRequest) -> None:
-        """Queues the choices of a valid request whose id is not in use."""
+    def add(self, request: GenerationRequest, committed: dict[int, list[int]] | None = None) -> None:
+        """Queues the choices of a valid request whose id is not in use.
+
+        `committed`: choices that begin with output tokens of an earlier engine, none of which is sampled or sent again;
+        its other choices have ended. None: all choices, from their first token.
+        """
         assert request.request_id not in self._choices, f"request id {request.request_id} is in use"
         self._num_requests += 1
         # Without prefix caching the choices of one request still share its blocks, under a salt nobody else has.
@@ -133,19 +142,25 @@ class Scheduler:
         max_len = min(num_prompt_tokens + request.params.max_tokens, self._max_model_len)
         hashes: list[bytes] = []
         extend_hashes(hashes, request.prompt_token_ids, self._block_size, salt)
+        if committed is None:
+            committed = {index: [] for index in range(request.n)}
         choices = self._choices[request.request_id] = {}
-        for index in range(request.n):
+        for index, output in committed.items():
+            scores_prompt = index == 0 and request.params.prompt_logprobs is not None and not output
             choice = choices[index] = _Choice(
                 request=request,
                 index=index,
                 salt=salt,
-                token_ids=list(request.prompt_token_ids),
+                token_ids=request.prompt_token_ids + output,
                 hashes=list(hashes),
                 num_prompt_tokens=num_prompt_tokens,
                 max_len=max_len,
                 num_computable=max(max_len - 1, num_prompt_tokens),
-                prompt_logprobs=[None] if index == 0 and request.params.prompt_logprobs is not None else None,
+                prompt_logprobs=[None] if scores_prompt else None,
+                num_prompt_counted=num_prompt_tokens if output else 0,
+                announced=bool(output),
             )
+            extend_hashes(choice.hashes, choice.token_ids, self._block_size, salt)
             self._waiting[choice] = None
 
     def abort(self, request_id: str, choice_index: int | None = None) -> list[Delta]:
@@ -346,6 +361,7 @@ class Scheduler:
                 list(choice.token_ids),
                 choice.num_prompt_tokens,
                 choice.request.params,
+                choice.scores_prompt,
             )
         )
         self._plan_choice(plan, choice, num, self._num_blocks_for(start + num) - len(matched), matched)
@@ -356,7 +372,7 @@ class Scheduler:
         if choice.scheduled_s is None:
             choice.scheduled_s = now_s
             choice.num_cached_tokens = num_cached_tokens
-            if self._enable_prefix_caching and choice.reads_cache:
+            if self._enable_prefix_caching and choice.reads_cache and not choice.announced:
                 self._prefix_cache_queries += choice.num_prompt_tokens
                 self._prefix_cache_hits += num_cached_tokens
         if num_cached_tokens > choice.num_prompt_counted:

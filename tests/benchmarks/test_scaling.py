@@ -55,8 +55,8 @@ def test_as_many_wait_in_every_measured_step(num_waiting: int, monkeypatch: pyte
     class Watched(Scheduler):
         num_added = 0
 
-        def add(self, request: GenerationRequest) -> None:
-            super().add(request)
+        def add(self, request: GenerationRequest, committed: dict[int, list[int]] | None = None) -> None:
+            super().add(request, committed)
             Watched.num_added += 1
 
         def plan_step(self, now_s: float, max_prefill_tokens: int | None = None) -> StepPlan | None:

@@ -81,12 +81,12 @@ def plans() -> Iterator[StepPlan]:
         max_tokens=9, temperature=0.0, logprobs=2, repetition_penalty=1.5, presence_penalty=0.5, frequency_penalty=0.5
     )
     lens, blocks = {3: 5, 1: 17, 0: 9}, {3: [7], 1: [5, 9], 0: [0]}
-    choices = [NewChoice(slot, 0, list(range(n, 2 * n)), n, params) for slot, n in lens.items()]
+    choices = [NewChoice(slot, 0, list(range(n, 2 * n)), n, params, False) for slot, n in lens.items()]
     yield StepPlan(0, 1, choices, list(blocks.items()), list(lens), [0] * 3, list(lens.values()), [True] * 3)
     for step in (2, 3):
         starts = [n + step - 2 for n in lens.values()]
         yield StepPlan(0, step, [], [], list(lens), starts, [1] * 3, [True] * 3)
-    late = NewChoice(4, 0, [1] * 20, 20, params)
+    late = NewChoice(4, 0, [1] * 20, 20, params, False)
     yield StepPlan(0, 4, [late], [(4, [2, 3])], [3, 4], [7, 0], [1, 12], [True, False])
     yield StepPlan(0, 5, [], [], [4], [12], [8], [True])
     yield StepPlan(0, 6, [], [], [4, 1, 3, 0], [20, 19, 8, 11], [1] * 4, [True] * 4)

@@ -933,6 +933,16 @@ def test_statistics_count_tokens_once() -> None:
     assert stats["generation_tokens"] == 18
 
 
+def test_statistics_do_not_count_what_an_earlier_engine_has_counted() -> None:
+    scheduler = make()
+    scheduler.add(request("a", 9, n=3), {0: [], 2: [500, 501]})
+    assert waiting(scheduler) == ["a", "a"]
+    drain(scheduler)
+    stats = scheduler.stats()
+    assert (stats["prompt_tokens_computed"], stats["prompt_tokens_cached"]) == (9, 0)
+    assert (stats["generation_tokens"], stats["prefix_cache_queries"]) == (8 + 6, 9)
+
+
 def test_statistics_of_hits() -> None:
     scheduler = make()
     scheduler.add(request("a", list(range(9)), max_tokens=1))

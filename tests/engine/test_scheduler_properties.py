@@ -161,9 +161,8 @@ class FakeRanks:
     def execute(self, plan: StepPlan) -> StepResult:
         result = StepResult(plan.epoch, plan.step)
         for new in plan.new_choices:
-            wants = new.choice_index == 0 and new.params.prompt_logprobs is not None
             self.slots[new.slot] = Slot(
-                new.choice_index, new.num_prompt_tokens, new.params.seed, wants, list(new.token_ids)
+                new.choice_index, new.num_prompt_tokens, new.params.seed, new.scores_prompt, list(new.token_ids)
             )
         for slot_id, blocks in plan.new_blocks:
             self.slots[slot_id].table += blocks
@@ -210,6 +209,13 @@ class Serving(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
+        self.start()
+        self.requests: dict[str, GenerationRequest] = {}
+        self.outcomes: dict[tuple[str, int], Outcome] = {}
+        self.aborted: set[tuple[str, int]] = set()
+
+    def start(self) -> None:
+        """An engine that knows of nothing yet."""
         self.scheduler = Scheduler(
             num_blocks=MAX_MODEL_LEN // BLOCK_SIZE + 2,
             block_size=BLOCK_SIZE,
@@ -220,9 +226,6 @@ class Serving(RuleBasedStateMachine):
         )
         self.ranks = FakeRanks()
         self.planned: list[StepPlan] = []
-        self.requests: dict[str, GenerationRequest] = {}
-        self.outcomes: dict[tuple[str, int], Outcome] = {}
-        self.aborted: set[tuple[str, int]] = set()
         self.counters = self.scheduler.stats()
 
     def caching(self) -> bool:
@@ -266,6 +269,19 @@ class Serving(RuleBasedStateMachine):
         for delta in deltas:
             assert delta.start == len(self.outcomes[name, delta.choice_index].token_ids)
             assert delta.finish_reason == FinishReason.ABORT
+
+    @rule()
+    def die(self) -> None:
+        """The engine is lost, and another goes on from what the front end has."""
+        self.start()
+        for name, request in self.requests.items():
+            committed = {
+                index: list(outcome.token_ids)
+                for index in range(request.n)
+                if (outcome := self.outcomes[name, index]).finish_reason is None and (name, index) not in self.aborted
+            }
+            if committed:
+                self.scheduler.add(request, committed)
 
     @precondition(lambda self: len(self.planned) < self.MOST_AHEAD)
     @rule(max_prefill_tokens=PREFILL_LIMITS)
