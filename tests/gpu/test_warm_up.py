@@ -55,7 +55,8 @@ def plan(starts: list[int], nums: list[int], params: SamplingParams) -> StepPlan
     """A step in which each choice, all in the same blocks, computes so many tokens from there on."""
     slots = list(range(len(starts)))
     ends = [start + num for start, num in zip(starts, nums, strict=True)]
-    choices = [NewChoice(slot, 0, [0] * end, end, params, False) for slot, end in zip(slots, ends, strict=True)]
+    scores = params.prompt_logprobs is not None
+    choices = [NewChoice(slot, 0, [0] * end, end, params, scores) for slot, end in zip(slots, ends, strict=True)]
     blocks = [(slot, list(range(-(-end // 16)))) for slot, end in zip(slots, ends, strict=True)]
     return StepPlan(0, 0, choices, blocks, slots, starts, nums, [True] * len(slots))
 
