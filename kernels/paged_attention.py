@@ -31,6 +31,8 @@ class _Args(Args):
         ("head_size", ctypes.c_int64),
         ("block_size", ctypes.c_int64),
         ("window", ctypes.c_int64),
+        ("group", ctypes.c_int64),
+        ("first_head", ctypes.c_int64),
         ("scale", ctypes.c_float),
         ("is_bf16", ctypes.c_int32),
     ]
@@ -47,6 +49,8 @@ def paged_attention(
     window: int = 0,
     out: Tensor | None = None,
     *,
+    group_size: int | None = None,
+    first_head: int = 0,
     kv_scales: Tensor | None = None,
     soft_cap: float = 0.0,
     lse: Tensor | None = None,
@@ -62,6 +66,9 @@ def paged_attention(
     before it, 0 for all. Returns [tokens, num_heads * head_size], in `out` if given. Block ids and lengths are not
     checked against their ranges. Raises ValueError on a wrong argument. Online softmax: Milakov and Gimelshein, arXiv
     1805.02867.
+
+    group_size: query heads of a KV head, by default num_heads / num_kv_heads. Where ranks divide the heads, the first
+    and the last group may be cut: first_head is then the place of the first query head in its group.
 
     Of Triton's kernels and plain torch alone: a cache of int8 or float8_e4m3fn with `kv_scales`, as `rotary_kv_write`
     leaves them, for queries of 16 bits; soft_cap: scores become soft_cap * tanh(score / soft_cap), 0 for off; lse:
@@ -84,8 +91,11 @@ def paged_attention(
         raise ValueError(f"kv_cache: block size is {block_size}, expected one of {BLOCK_SIZES}")
     if head_size % 16 or head_size > MAX_HEAD_SIZE:
         raise ValueError(f"kv_cache: head size is {head_size}, expected a multiple of 16, at most {MAX_HEAD_SIZE}")
-    if num_heads % num_kv_heads or num_heads * head_size > qkv.shape[1]:
+    group_size = group_size or max(num_heads // num_kv_heads, 1)
+    if -(-(first_head + num_heads) // group_size) != num_kv_heads or num_heads * head_size > qkv.shape[1]:
         raise ValueError(f"num_heads: is {num_heads}, with {num_kv_heads} KV heads and a width of {qkv.shape[1]}")
+    if not 0 <= first_head < group_size:
+        raise ValueError(f"first_head: is {first_head}, expected a place in a group of {group_size}")
     tokens = qkv.shape[0]
     out = output(out, (tokens, num_heads * head_size), qkv.dtype)
     if lse is not None:
@@ -107,6 +117,8 @@ def paged_attention(
             token_begins,
             context_lens,
             num_heads,
+            group_size,
+            first_head,
             scale,
             window,
             soft_cap,
@@ -125,6 +137,8 @@ def paged_attention(
                 num_heads,
                 scale,
                 window,
+                group_size=group_size,
+                first_head=first_head,
                 kv_scales=kv_scales,
                 soft_cap=soft_cap,
                 lse=lse,
@@ -145,6 +159,8 @@ def paged_attention(
         head_size,
         block_size,
         window,
+        group_size,
+        first_head,
         scale,
         qkv.dtype == torch.bfloat16,
     )

@@ -164,6 +164,9 @@ def paged_attention(
     scale: float,
     window: int,
     compute_dtype: torch.dtype = torch.float32,
+    *,
+    group_size: int | None = None,
+    first_head: int = 0,
     kv_scales: Tensor | None = None,
     soft_cap: float = 0.0,
     lse: Tensor | None = None,
@@ -171,24 +174,25 @@ def paged_attention(
     """Causal attention over paged KV, one sequence at a time. Returns [tokens, num_heads * head_size]."""
     _, _, num_kv_heads, block_size, head_size = kv_cache.shape
     out = torch.empty((qkv.shape[0], num_heads, head_size), dtype=qkv.dtype, device=qkv.device)
+    kv_heads = torch.arange(first_head, first_head + num_heads) // (group_size or num_heads // num_kv_heads)
     for s, length in enumerate(context_lens.tolist()):
         begin, end = int(token_begins[s]), int(token_begins[s + 1])
         blocks = block_tables[s, : -(-length // block_size)].long()
         k, v = keys(kv_cache, blocks).to(compute_dtype), values(kv_cache, blocks).to(compute_dtype)
         if kv_scales is not None:
             k, v = (x * kv_scales[blocks, i].to(compute_dtype).unsqueeze(3) for i, x in enumerate((k, v)))
-        k, v = (x.transpose(0, 1).flatten(1, 2)[:, :length] for x in (k, v))  # [num_kv_heads, length, head_size]
-        q = qkv[begin:end, : num_heads * head_size].view(-1, num_kv_heads, num_heads // num_kv_heads, head_size)
-        scores = torch.einsum("tngd,nkd->tngk", q.to(compute_dtype), k) * scale
+        k, v = (x.transpose(0, 1).flatten(1, 2)[kv_heads, :length] for x in (k, v))  # [num_heads, length, head_size]
+        q = qkv[begin:end, : num_heads * head_size].view(-1, num_heads, head_size)
+        scores = torch.einsum("thd,hkd->thk", q.to(compute_dtype), k) * scale
         if soft_cap:
             scores = soft_cap * torch.tanh(scores / soft_cap)
         age = torch.arange(length - (end - begin), length)[:, None] - torch.arange(length)[None, :]
         visible = (age >= 0) & (age < window if window else torch.ones_like(age, dtype=torch.bool))
-        scores = scores.masked_fill(~visible[:, None, None, :].to(qkv.device), float("-inf"))
+        scores = scores.masked_fill(~visible[:, None, :].to(qkv.device), float("-inf"))
         if lse is not None:
-            lse[begin:end] = scores.logsumexp(dim=-1).flatten(1)
+            lse[begin:end] = scores.logsumexp(dim=-1)
         weights = scores.softmax(dim=-1)
-        out[begin:end] = torch.einsum("tngk,nkd->tngd", weights, v).reshape(-1, num_heads, head_size).to(out.dtype)
+        out[begin:end] = torch.einsum("thk,hkd->thd", weights, v).to(out.dtype)
     return out.flatten(1)
 
 

@@ -33,6 +33,7 @@ struct Args {
     const int32_t* token_begins;  // [sequences + 1], the last one = tokens
     const int32_t* context_lens;  // [sequences]: tokens in the cache, the new ones included
     int64_t table_stride, q_stride, heads, kv_heads, head_size, block_size, window;
+    int64_t group, first_head;  // query heads of a KV head, and the place of the first one here among its group
     float scale;
     int32_t is_bf16;
 };
@@ -429,16 +430,20 @@ struct Attention : Args {
 #endif
     }
 
+    // None where the KV head's group is cut and has fewer rows than others.
     Rows rows_of(int64_t sequence, int64_t kv_head, int64_t row_begin) const {
-        const int64_t group = heads / kv_heads;
+        const int64_t head_begin = std::max<int64_t>(0, kv_head * group - first_head);
+        const int64_t num_heads = std::min(heads, (kv_head + 1) * group - first_head) - head_begin;
         const int64_t num_new = token_begins[sequence + 1] - token_begins[sequence];
         const int64_t position = context_lens[sequence] - num_new;
         Rows rows;
         rows.sequence = sequence;
         rows.kv_head = kv_head;
-        rows.count = (int)std::min<int64_t>(MAX_ROWS, num_new * group - row_begin);
+        rows.count = (int)std::clamp<int64_t>(num_new * num_heads - row_begin, 0, MAX_ROWS);
+        rows.first_key = rows.last_key = 0;
+        if (rows.count == 0) return rows;
         for (int r = 0; r < rows.count; r++) {
-            const int64_t token = (row_begin + r) / group, head = kv_head * group + (row_begin + r) % group;
+            const int64_t token = (row_begin + r) / num_heads, head = head_begin + (row_begin + r) % num_heads;
             rows.position[r] = position + token;
             rows.q_offset[r] = (token_begins[sequence] + token) * q_stride + head * head_size;
             rows.out_offset[r] = ((token_begins[sequence] + token) * heads + head) * head_size;
@@ -449,13 +454,13 @@ struct Attention : Args {
     }
 
     void run() const {
-        const int64_t group = heads / kv_heads;
+        const int64_t most_heads = std::min(group, heads);  // of a KV head
         int64_t sequences = 0;
         while (token_begins[sequences] < tokens) sequences++;
         // begins[s]: number of work items (rows, KV head) of the sequences before s
         std::vector<int64_t> begins(sequences + 1, 0);
         for (int64_t s = 0; s < sequences; s++) {
-            const int64_t rows = (token_begins[s + 1] - token_begins[s]) * group;
+            const int64_t rows = (token_begins[s + 1] - token_begins[s]) * most_heads;
             begins[s + 1] = begins[s] + (rows + MAX_ROWS - 1) / MAX_ROWS * kv_heads;
         }
         const int64_t num_items = begins[sequences];
@@ -473,6 +478,7 @@ struct Attention : Args {
             const int64_t likely_next = std::max<int64_t>(0, take - num_threads());
             for (int64_t i = take * heads_at_a_time; i < (take + 1) * heads_at_a_time; i++) {
                 const Rows rows = item(i);
+                if (rows.count == 0) continue;
                 const Rows next = item((i + 1) % heads_at_a_time ? i + 1 : likely_next * heads_at_a_time);
                 Partial p;
                 attend_pieces(p, rows, next, 0, num_pieces(rows));
@@ -487,15 +493,17 @@ struct Attention : Args {
         std::vector<Rows> rows;
         std::vector<int64_t> begins{0};  // of each item's pieces
         for (int64_t i = 0; i < num_items; i++) {
-            rows.push_back(item(i));
-            begins.push_back(begins[i] + num_pieces(rows[i]));
+            const Rows some = item(i);
+            if (some.count == 0) continue;
+            rows.push_back(some);
+            begins.push_back(begins.back() + num_pieces(some));
         }
-        const std::unique_ptr<Partial[]> partials(new Partial[begins[num_items]]);
-        parallel_for(begins[num_items], [&](int64_t index) {
+        const std::unique_ptr<Partial[]> partials(new Partial[begins.back()]);
+        parallel_for(begins.back(), [&](int64_t index) {
             const int64_t i = std::upper_bound(begins.begin(), begins.end(), index) - begins.begin() - 1;
             attend_pieces(partials[index], rows[i], rows[i], index - begins[i], index - begins[i] + 1);
         });
-        for (int64_t i = 0; i < num_items; i++) {
+        for (size_t i = 0; i < rows.size(); i++) {
             Partial& total = partials[begins[i]];
             for (int64_t piece = begins[i] + 1; piece < begins[i + 1]; piece++) merge(total, partials[piece], rows[i].count);
             finish(total, rows[i]);

@@ -87,8 +87,24 @@ def _finish(out_ptr, lse_ptr, out_rows, row_mask, total_max, total_sum, total, H
         tl.store(lse_ptr + out_rows, (total_max + tl.log2(total_sum)) * 0.6931471805599453, mask=row_mask)
 
 
+@triton.jit
+def _find_heads(kv_head, rows, first_head, num_heads, GROUP: tl.constexpr):
+    """The query head of each row, and whether it is among those that there are: the first and last group may be cut."""
+    heads = kv_head * GROUP + rows % GROUP - first_head
+    return heads, (heads >= 0) & (heads < num_heads)
+
+
 @triton.jit(
-    do_not_specialize=["num_sequences", "num_kv_heads", "table_stride", "window", "one_tile_each", "max_pieces"]
+    do_not_specialize=[
+        "num_sequences",
+        "num_heads",
+        "num_kv_heads",
+        "first_head",
+        "table_stride",
+        "window",
+        "one_tile_each",
+        "max_pieces",
+    ]
 )
 def attend_kernel(
     out_ptr,
@@ -102,7 +118,9 @@ def attend_kernel(
     token_begins_ptr,
     context_lens_ptr,
     num_sequences,
+    num_heads,
     num_kv_heads,
+    first_head,
     qkv_stride,
     table_stride,
     window,
@@ -133,11 +151,11 @@ def attend_kernel(
     if num_rows <= 0:
         return
     rows = row_begin + tl.arange(0, BLOCK_M)
-    row_mask = rows < row_begin + num_rows
+    heads, is_there = _find_heads(kv_head, rows, first_head, num_heads, GROUP)
+    row_mask = (rows < row_begin + num_rows) & is_there
     positions = position + rows // GROUP
     tokens = (token_begin + rows // GROUP).to(tl.int64)
-    heads = kv_head * GROUP + rows % GROUP
-    out_rows = tokens * (num_kv_heads * GROUP) + heads
+    out_rows = tokens * num_heads + heads
 
     columns = tl.arange(0, BLOCK_D)
     mask = row_mask[:, None] & (columns < HEAD_SIZE)[None, :]
@@ -212,7 +230,7 @@ def attend_kernel(
         _finish(out_ptr, lse_ptr, out_rows, row_mask, total_max, total_sum, total, HEAD_SIZE)
 
 
-@triton.jit(do_not_specialize=["num_sequences", "num_kv_heads", "window", "one_tile_each", "max_pieces"])
+@triton.jit(do_not_specialize=["num_sequences", "num_heads", "first_head", "window", "one_tile_each", "max_pieces"])
 def merge_kernel(
     out_ptr,
     lse_ptr,
@@ -221,7 +239,8 @@ def merge_kernel(
     token_begins_ptr,
     context_lens_ptr,
     num_sequences,
-    num_kv_heads,
+    num_heads,
+    first_head,
     window,
     one_tile_each,
     max_pieces,
@@ -235,11 +254,12 @@ def merge_kernel(
     _, token_begin, row_begin, num_rows, _, first_key, last_key = _find_rows(
         tl.program_id(0), one_tile_each, window, token_begins_ptr, context_lens_ptr, num_sequences, GROUP, BLOCK_M
     )
-    if tl.program_id(2) >= num_rows:
+    head, is_there = _find_heads(tl.program_id(1), row_begin + tl.program_id(2), first_head, num_heads, GROUP)
+    if (tl.program_id(2) >= num_rows) | (is_there == 0):
         return
     row = row_begin + tl.program_id(2) + tl.arange(0, 1)
     token = (token_begin + row // GROUP).to(tl.int64)
-    out_row = token * (num_kv_heads * GROUP) + tl.program_id(1) * GROUP + row % GROUP
+    out_row = token * num_heads + head
     columns = tl.arange(0, BLOCK_D)
     mask = (columns < HEAD_SIZE)[None, :]
     total_max = tl.full([1], float("-inf"), tl.float32)
@@ -327,11 +347,11 @@ def variants() -> Iterator[Variant]:
                     f"{', split' if split else ''}{', soft-cap' if soft_cap else ''}"
                 )
                 args = (dtype, f32, f32, f32, dtype, cache_dtype, scales, i32, i32, i32)
-                args += (1, 1, 4096, 1, 1, 1, 1, 1.0, 1.0)  # type: ignore[assignment]
+                args += (1, 1, 1, 1, 4096, 1, 1, 1, 1, 1.0, 1.0)  # type: ignore[assignment]
                 options = {**_sizes(config, group, head_size), **_attend_options(config, block_size, split, soft_cap)}
                 yield Variant(name, attend_kernel, args, options)
         if cache_dtype == dtype:
-            args = (dtype, f32, f32, f32, i32, i32, 1, 1, 1, 1, 1)  # type: ignore[assignment]
+            args = (dtype, f32, f32, f32, i32, i32, 1, 1, 1, 1, 1, 1)  # type: ignore[assignment]
             name = f"merge, {str(dtype).removeprefix('torch.')}, head {head_size}"
             yield Variant(name, merge_kernel, args, {**_sizes(config, 4, head_size), "num_warps": 1})
 
@@ -346,6 +366,8 @@ def launch(
     token_begins: Tensor,
     context_lens: Tensor,
     num_heads: int,
+    group: int,
+    first_head: int,
     scale: float,
     window: int,
     soft_cap: float,
@@ -362,7 +384,6 @@ def launch(
     num_tokens, num_sequences = qkv.shape[0], block_tables.shape[0]
     if not num_tokens or not num_sequences:
         return
-    group = num_heads // num_kv_heads
     config = config_of(qkv.dtype, kv_cache.dtype, head_size, max_query_len * group)
     one_tile_each = max_query_len * group <= config.block_m
     num_tiles = num_sequences if one_tile_each else num_tokens * group // config.block_m + num_sequences
@@ -388,7 +409,9 @@ def launch(
         token_begins,
         context_lens,
         num_sequences,
+        num_heads,
         num_kv_heads,
+        first_head,
         qkv.stride(0),
         block_tables.stride(0),
         window,
@@ -408,7 +431,8 @@ def launch(
             token_begins,
             context_lens,
             num_sequences,
-            num_kv_heads,
+            num_heads,
+            first_head,
             window,
             int(one_tile_each),
             max_pieces,

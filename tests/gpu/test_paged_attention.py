@@ -32,9 +32,12 @@ class Case:
         block_size: int = 16,
         dtype: torch.dtype = BF16,
         cache_dtype: torch.dtype | None = None,
+        group: int | None = None,
+        first_head: int = 0,
     ) -> None:
         generator = torch.Generator().manual_seed(heads * head_size + len(lengths))
         self.lengths, self.heads, self.head_size, self.dtype = lengths, heads, head_size, dtype
+        self.group, self.first_head = group or heads // kv_heads, first_head
         cache_dtype = cache_dtype or dtype
         width = -(-max(context for _, context in lengths) // block_size)
         num_blocks = width * len(lengths) + 3
@@ -100,6 +103,8 @@ class Case:
             torch.cat([torch.tensor([0]), new.cumsum(0)]).int().to(device),
             lens.to(device),
             self.heads,
+            self.group,
+            self.first_head,
             scale or self.head_size**-0.5,
             window,
             soft_cap,
@@ -127,6 +132,8 @@ class Case:
             scale or self.head_size**-0.5,
             window,
             torch.float64,
+            group_size=self.group,
+            first_head=self.first_head,
             kv_scales=None if self.scales is None else self.scales.cpu(),
             soft_cap=soft_cap,
             lse=lse,
@@ -194,6 +201,13 @@ def test_a_position_has_the_same_bits_in_prefill_chunk_and_decode() -> None:
                 got,
                 tuple(torch.cat([x[lengths[i][1] - lengths[i][0] : lengths[i][1]] for i in which]) for x in want),
             )
+
+
+@pytest.mark.parametrize(("heads", "first_head"), [(5, 2), (4, 1), (2, 2)])
+def test_groups_that_are_cut(heads: int, first_head: int) -> None:
+    case = Case([(1, 1), (1, 129), (20, 200)], heads, -(-(first_head + heads) // 3), group=3, first_head=first_head)
+    case.check()
+    case.check_alone(window=40)
 
 
 def test_quantised() -> None:

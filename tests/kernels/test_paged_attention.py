@@ -115,6 +115,23 @@ def test_a_position_has_the_same_bits_in_prefill_chunk_and_decode(window: int, d
         assert torch.equal(part.run([0], window), want[context - new : context]), (new, context)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("first", "count"), [(0, 2), (1, 2), (2, 2), (2, 4), (4, 5), (1, 7), (8, 1)])
+def test_heads_that_ranks_divide_have_the_bits_of_all(first: int, count: int, dtype: torch.dtype) -> None:
+    lengths = [(1, 1), (1, 65), (33, 161), (11, 1100), (1, 1500)]
+    whole = Case(lengths, 9, 3, 64, 16, dtype)
+    kv_heads = range(first // 3, -(-(first + count) // 3))
+    for which in (list(range(len(lengths))), [2], [4]):
+        qkv, cache, tables, begins, lens = whole._arguments(which)
+        part = torch.cat([qkv[:, first * 64 : (first + count) * 64], qkv[:, : 2 * len(kv_heads) * 64]], dim=1)
+        arguments = (part.contiguous(), cache[:, :, kv_heads].contiguous(), tables, begins, lens, count, 0.125)
+        cut = {"group_size": 3, "first_head": first % 3}
+        got, want = paged_attention(*arguments, **cut), whole.run(which).unflatten(1, (9, 64))
+        assert torch.equal(got.unflatten(1, (count, 64)), want[:, first : first + count])
+        exact = reference.paged_attention(*arguments, 0, torch.float64, **cut)
+        torch.testing.assert_close(got.double(), exact.double(), atol=8e-3, rtol=8e-3)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
 @pytest.mark.parametrize("window", [0, 300, 1500])
 def test_long_contexts_in_pieces(window: int, dtype: torch.dtype, tolerance: float) -> None:
@@ -163,6 +180,9 @@ def test_wrong_arguments_are_named() -> None:
         ({"kv_cache": torch.zeros(1, 2, 1, 16, 24)}, "kv_cache: head size is 24"),
         ({"kv_cache": torch.zeros(1, 2, 2, 16, 16)}, "num_heads: is 3, with 2 KV heads"),
         ({"num_heads": 6}, "num_heads: is 6"),
+        ({"group_size": 2}, "num_heads: is 3, with 1 KV heads"),
+        ({"num_heads": 1, "group_size": 2, "first_head": 2}, "num_heads: is 1, with 1 KV heads"),
+        ({"num_heads": 2, "group_size": 3, "first_head": -1}, "first_head: is -1"),
         ({"context_lens": torch.tensor([2])}, "context_lens: dtype is torch.int64"),
         ({"token_begins": torch.tensor([0], dtype=torch.int32)}, "token_begins: shape"),
         ({"qkv": torch.zeros(2, 80).bfloat16()}, "qkv: dtype is torch.bfloat16"),
