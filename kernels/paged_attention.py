@@ -7,7 +7,7 @@ from torch import Tensor
 
 from octavo.kernels import reference
 from octavo.kernels.backend import kernels
-from octavo.kernels.checks import check, compute_dtypes, output
+from octavo.kernels.checks import check, output
 from octavo.kernels.cpu.library import Args, address, launch
 from octavo.kernels.rotary_kv_write import check_cache
 
@@ -79,10 +79,8 @@ def paged_attention(
     call and the width of the tables do. Triton's kernels derive their launch from these and the shapes, never from
     what the tensors hold, and keep float32 partial results where few programs share long contexts.
     """
-    check_cache(kv_cache, kv_scales)
+    check(qkv, "qkv", (None, None), check_cache(kv_cache, kv_scales))
     _, _, num_kv_heads, block_size, head_size = kv_cache.shape
-    halves = [dtype for dtype in compute_dtypes() if dtype != torch.float32]
-    check(qkv, "qkv", (None, None), halves if kv_scales is not None else kv_cache.dtype)
     check(block_tables, "block_tables", (None, None), torch.int32)
     sequences = block_tables.shape[0]
     check(token_begins, "token_begins", (sequences + 1,), torch.int32)

@@ -31,8 +31,11 @@ class _Args(Args):
     ]
 
 
-def check_cache(kv_cache: Tensor, kv_scales: Tensor | None) -> None:
-    """Raise ValueError unless this is a layer's cache that the kernels in use can read, scales included."""
+def check_cache(kv_cache: Tensor, kv_scales: Tensor | None) -> tuple[torch.dtype, ...]:
+    """The types of queries, keys and values that go with a layer's cache.
+
+    Raises ValueError unless the kernels in use can read the cache, scales included.
+    """
     dtypes = compute_dtypes() if kernels() == "native" else (*compute_dtypes(), *QUANTISED)
     check(kv_cache, "kv_cache", (None, 2, None, None, None), dtypes)
     if (kv_cache.dtype in QUANTISED) != (kv_scales is not None):
@@ -47,6 +50,9 @@ def check_cache(kv_cache: Tensor, kv_scales: Tensor | None) -> None:
 
         if not has_float8(device()):
             raise ValueError("kv_cache: dtype is torch.float8_e4m3fn, which this chip lacks; use torch.int8")
+    if kv_scales is None:
+        return (kv_cache.dtype,)
+    return tuple(dtype for dtype in compute_dtypes() if dtype != torch.float32)
 
 
 def rotary_kv_write(
@@ -67,15 +73,14 @@ def rotary_kv_write(
     against their ranges. Raises ValueError on a wrong argument.
     Su et al., arXiv 2104.09864; the halves of a head are rotated, as Llama checkpoints expect.
 
-    Of Triton's kernels and plain torch alone: a negative slot, whose row is padding and is left alone; and a cache of
-    int8 or float8_e4m3fn, whose kv_scales [num_blocks, 2, num_kv_heads, block_size] float32 get what the stored row of
-    a head is to be multiplied with: its greatest magnitude / 127, or / 448.
+    Of Triton's kernels and plain torch alone: a negative slot, whose row is padding and is left alone; and, for qkv of
+    16 bits, a cache of int8 or float8_e4m3fn, whose kv_scales [num_blocks, 2, num_kv_heads, block_size] float32 get
+    what the stored row of a head is to be multiplied with: its greatest magnitude / 127, or / 448.
     """
-    check_cache(kv_cache, kv_scales)
+    dtypes = check_cache(kv_cache, kv_scales)
     _, _, num_kv_heads, block_size, head_size = kv_cache.shape
     tokens = qkv.shape[0]
-    width = (num_heads + 2 * num_kv_heads) * head_size
-    check(qkv, "qkv", (None, width), compute_dtypes() if kv_scales is not None else kv_cache.dtype)
+    check(qkv, "qkv", (None, (num_heads + 2 * num_kv_heads) * head_size), dtypes)
     check(cos_sin, "cos_sin", (None, None), torch.float32)
     check(positions, "positions", (tokens,), torch.int32)
     check(slots, "slots", (tokens,), torch.int64)

@@ -79,7 +79,7 @@ class Case:
         (9, 3, 64, 64, 16, BF16, BF16),
         (4, 4, 80, 32, 64, F16, F16),
         (6, 1, 16, 16, 32, F32, F32),
-        (3, 1, 96, 40, 16, F32, INT8),
+        (3, 1, 96, 40, 16, F16, INT8),
         (40, 8, 128, 128, 32, BF16, INT8),
         (9, 3, 64, 64, 16, F16, FP8),
         (4, 2, 256, 64, 16, BF16, FP8),
@@ -119,12 +119,12 @@ def test_rotated_rows_have_the_native_kernels_bits(head_size: int, rotary_size: 
 
 
 def test_scales_of_rows_that_are_zero_tiny_or_not_finite() -> None:
-    case = Case(6, 1, 1, 16, 16, 16, F32, INT8)
+    case = Case(6, 1, 1, 16, 16, 16, BF16, INT8)
     case.positions[:] = 0
     case.cos_sin[0, :8], case.cos_sin[0, 8:] = 1.0, 0.0  # no rotation
     rows = case.qkv.view(6, 3, 16)
     rows[0] = 0.0
-    rows[1] = 1e-44  # a scale that float32 cannot hold
+    rows[1] = 2.0**-133  # the least number there is, whose scale float32 holds with a few bits
     rows[2, :, 3] = float("nan")
     rows[3] = torch.tensor([127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5] * 2)  # scale 1: halves go to even
     rows[4, :, :] = -3.0
@@ -133,7 +133,8 @@ def test_scales_of_rows_that_are_zero_tiny_or_not_finite() -> None:
     blocks, offsets = case.slots // 16, case.slots % 16
     stored = cache[blocks, 0, 0, offsets]
     scale = scales[blocks, 0, 0, offsets]
-    assert torch.equal(scale[:2], torch.zeros(2)) and not stored[:2].any()
+    assert scale[0] == 0 and not stored[0].any()
+    assert scale[1] > 0 and (stored[1] == 127).all()
     assert scale[2].isnan()  # what is not a number stays so
     assert scale[3] == 1.0 and stored[3].tolist() == [127, 0, 2, 2, 0, -2, -2, 126] * 2
     assert scale[4] == torch.tensor(3.0) / 127 and (stored[4] == -127).all()
@@ -159,6 +160,10 @@ def test_wrong_arguments_are_named() -> None:
         ((qkv, table, positions, slots, cache.to(INT8), 3), "kv_scales: missing"),
         ((qkv, table, positions, slots, cache.double(), 3), "kv_cache: dtype is torch.float64"),
         ((qkv.half(), table, positions, slots, cache, 3), "qkv: dtype is torch.float16"),
+        (
+            (qkv, table, positions, slots, cache.to(INT8), 3, torch.zeros(1, 2, 1, 16, device=device)),
+            "qkv: dtype is torch.float32, expected torch.bfloat16 or torch.float16",
+        ),
     ]
     for arguments, words in wrong:
         with pytest.raises(ValueError, match=words):
