@@ -45,14 +45,16 @@ def select(name: str, device: torch.device | str = "cpu", exact: bool = True) ->
     where = torch.device(device)
     if name not in get_args(Kernels):
         raise ValueError(f"OCTAVO_KERNELS is {name!r}, expected one of {', '.join(get_args(Kernels))}")
-    if (name == "triton") < (where.type == "cuda"):
+    if where.type == "cuda" and name != "triton":
         raise ValueError(f"OCTAVO_KERNELS is {name!r}, but on {where} the kernels are Triton's")
     if name == "native" and library() is None:
         raise ValueError("OCTAVO_KERNELS is 'native', but no native kernels are built: make install, with g++")
     if name == "triton" and where.type == "cpu":
         try:
             gpu_without_gpu = importlib.import_module("gpu_without_gpu")
-        except ImportError:
+        except ModuleNotFoundError as error:
+            if error.name != "gpu_without_gpu":
+                raise
             raise ValueError(
                 "OCTAVO_KERNELS is 'triton' without a GPU: put the folder tests/ of the repository on PYTHONPATH"
             ) from None

@@ -44,7 +44,7 @@ def choose_device(wanted: str, exactness: str) -> None:
     """Choose device and kernels for the process, before it allocates anything. Raises StartupError."""
     has_gpu = wanted != "cpu" and torch.cuda.is_available()
     if wanted == "cuda" and not has_gpu:
-        cause = "sees no GPU" if torch.version.cuda else "is a build for CPUs alone"
+        cause = "sees no GPU" if torch.version.cuda or torch.version.hip else "is a build for CPUs alone"
         raise StartupError(f"--device is cuda, but this torch ({torch.__version__}) {cause}")
     if exactness == "fast" and not has_gpu:
         raise StartupError("--exactness is fast, which is for GPUs alone")

@@ -49,12 +49,36 @@ def test_auto_takes_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) ->
         choose_device("cpu", "fast")
 
 
-def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("cuda", "hip", "cause"),
+    [("13.0", None, "sees no GPU"), (None, "7.1", "sees no GPU"), (None, None, "is a build for CPUs alone")],
+)
+def test_a_gpu_that_is_not_there(
+    cuda: str | None, hip: str | None, cause: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(
-        StartupError, match=r"--device is cuda, but this torch \(.*\) (sees no GPU|is a build for CPUs)"
-    ):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    with pytest.raises(StartupError, match=rf"--device is cuda, but this torch \(.*\) {cause}"):
         choose_device("cuda", "batch")
+
+
+@pytest.mark.parametrize("lacks", ["gpu_without_gpu", "numpy"])
+def test_what_executes_gpu_kernels_cannot_be_imported(lacks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is not on the path the error says so; where something else is wrong, it says what."""
+
+    def import_module(name: str) -> None:
+        raise ModuleNotFoundError(f"No module named {lacks!r}", name=lacks)
+
+    monkeypatch.setattr(backend, "_kernels", None)
+    monkeypatch.setattr("importlib.import_module", import_module)
+    monkeypatch.setenv("OCTAVO_KERNELS", "triton")
+    if lacks == "gpu_without_gpu":
+        with pytest.raises(StartupError, match="put the folder tests/ of the repository on PYTHONPATH"):
+            choose_device("cpu", "batch")
+    else:
+        with pytest.raises(ModuleNotFoundError, match="numpy"):
+            choose_device("cpu", "batch")
 
 
 def test_kernels_for_a_cpu_are_not_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
