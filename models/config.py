@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from octavo.models.gguf import GgufError, GgufFile
+from octavo.models.quantization.base import HEAD, PLAIN, Quantization
+
 
 class ConfigError(ValueError):
     """config.json is missing, malformed, or describes what is not supported. The text is one line for a person."""
@@ -14,7 +17,7 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
-    """Rotary embedding. `kind` is default, linear, llama3 or yarn; the rest as the checkpoint names it."""
+    """Rotary embedding. `kind` is default, linear, llama3, yarn or factors; the rest as the checkpoint names it."""
 
     theta: float
     kind: str = "default"
@@ -26,6 +29,7 @@ class RopeConfig:
     beta_slow: float = 1.0
     truncate: bool = True
     attention_factor: float = 1.0  # multiplies cosines and sines
+    factors: tuple[float, ...] = ()  # of the factors kind, by which each angle is divided
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +54,8 @@ class ModelConfig:
     qk_norm: bool
     windows: tuple[int, ...]
     rope: RopeConfig
+    quantization_config: Mapping[str, Any] | None = None  # as config.json has it
+    quantization: Quantization = PLAIN  # what comes of that, once the checkpoint has been looked at
 
     @property
     def q_size(self) -> int:
@@ -60,6 +66,12 @@ class ModelConfig:
     def kv_size(self) -> int:
         """Width of all key heads, or of all value heads."""
         return self.num_kv_heads * self.head_size
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the output head has a weight of its own: one that is not the embedding, or not in its format."""
+        form = self.quantization.format(HEAD, self.vocab_size, self.hidden_size)
+        return not self.tie_word_embeddings or form is not None
 
 
 # architecture -> whether it (has a QKV bias whatever the file says, normalises queries and keys)
@@ -91,7 +103,14 @@ _ROPE_KEYS = (
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """The configuration of the model in `folder`. Raises ConfigError."""
+    """The configuration of the model in `folder`, which may also be a GGUF file. Raises ConfigError."""
+    if folder.is_file():
+        try:
+            return parse_config(GgufFile(folder).config())
+        except GgufError as error:
+            raise ConfigError(str(error)) from None
+        except ConfigError as error:
+            raise ConfigError(f"{folder}: {error}") from None
     path = folder / "config.json"
     try:
         raw = json.loads(path.read_text())
@@ -113,9 +132,8 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     architecture = architectures[0] if isinstance(architectures, list) and architectures else None
     if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise ConfigError(f"architecture {architecture!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
-    if raw.get("quantization_config") is not None:
-        method = raw["quantization_config"].get("quant_method") if isinstance(raw["quantization_config"], dict) else "?"
-        raise ConfigError(f"quantization {method!r} is not supported yet")
+    if not isinstance(raw.get("quantization_config"), dict | None):
+        raise ConfigError("quantization_config: expected an object")
     if (activation := raw.get("hidden_act", "silu")) != "silu":
         raise ConfigError(f"hidden_act {activation!r} is not supported; supported: silu")
     always_qkv_bias, qk_norm = ARCHITECTURES[architecture]
@@ -132,7 +150,7 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
         if value % 16:
             raise ConfigError(f"{name} is {value}, expected a multiple of 16")
     attention_bias = _flag(raw, "attention_bias")
-    rope = _rope(raw)
+    rope = _rope(raw, head_size)
     return ModelConfig(
         architecture=architecture,
         dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
@@ -152,6 +170,7 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
         qk_norm=qk_norm,
         windows=_windows(raw, architecture, layers),
         rope=rope,
+        quantization_config=raw.get("quantization_config"),
     )
 
 
@@ -202,13 +221,19 @@ def _windows(raw: Mapping[str, Any], architecture: str, layers: int) -> tuple[in
     return tuple(kinds[kind] for kind in types)
 
 
-def _rope(raw: Mapping[str, Any]) -> RopeConfig:
+def _rope(raw: Mapping[str, Any], head_size: int) -> RopeConfig:
     scaling: dict[str, Any] = {}
     for name in ("rope_parameters", "rope_scaling"):  # the new name, the old one
         if not isinstance(given := raw.get(name) or {}, dict):
             raise ConfigError(f"{name}: expected an object")
         scaling |= {key: value for key, value in given.items() if value is not None}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
+    theta = _number(scaling if "rope_theta" in scaling else raw, "rope_theta", 10000.0)
+    if kind == "factors":  # of GGUF files alone
+        factors = scaling.get("factors")
+        if not isinstance(factors, list) or [0 < factor < 1e12 for factor in factors] != [True] * (head_size // 2):
+            raise ConfigError(f"rope factors: expected {head_size // 2} positive numbers")
+        return RopeConfig(theta, kind, factors=tuple(factors))
     if kind not in ("default", "linear", "llama3", "yarn"):
         raise ConfigError(f"rope type {kind!r} is not supported; supported: default, linear, llama3, yarn")
     for key in scaling:
@@ -219,7 +244,6 @@ def _rope(raw: Mapping[str, Any]) -> RopeConfig:
     for holder in (raw, scaling):
         if (part := holder.get("partial_rotary_factor")) not in (None, 1):
             raise ConfigError(f"partial_rotary_factor is {part!r}, expected 1: these models rotate whole heads")
-    theta = _number(scaling if "rope_theta" in scaling else raw, "rope_theta", 10000.0)
     if kind == "yarn" and theta <= 1:
         raise ConfigError(f"rope_theta is {theta}, expected more than 1 with rope type yarn")
     max_position = _size(raw, "max_position_embeddings", 2048)
