@@ -35,7 +35,9 @@ def test_partial_results_of_attention(dtype: torch.dtype, num_kv_heads: int, mon
         ints = torch.empty((num_sequences, 313), dtype=torch.int32, device=device())
         lens = (num_tokens // num_sequences, max_context_len)
         out = rows[:, : num_heads * head_size]
-        gpu.launch(out, None, rows, cache, None, ints, ints, ints, num_heads, 1.0, 0, 0.0, *lens)
+        gpu.launch(
+            out, None, rows, cache, None, ints, ints, ints, num_heads, num_heads // num_kv_heads, 0, 1.0, 0, 0.0, *lens
+        )
         _, _, partials, stats, *_ = launches.args.pop()
         if partials is not out:
             most = partial_bytes(dtype, num_tokens, num_heads, head_size, max_context_len)
