@@ -25,11 +25,12 @@ from octavo.benchmarks.offline import Machine, measure_machine
 from octavo.benchmarks.serving import BenchmarkError
 from octavo.kernels import backend
 from octavo.kernels.activation_mul import silu_mul
-from octavo.kernels.all_reduce import _sum_ranks
+from octavo.kernels.all_reduce import all_reduce
 from octavo.kernels.checks import compute_dtypes
 from octavo.kernels.embedding import embedding
 from octavo.kernels.matmul import PackedWeight, empty_packed, gated_matmul, matmul
 from octavo.kernels.paged_attention import BLOCK_SIZES, paged_attention
+from octavo.kernels.ranks import Ranks
 from octavo.kernels.rms_norm import rms_norm
 from octavo.kernels.rotary_kv_write import QUANTISED, rotary_kv_write
 from octavo.kernels.sample import EDIT, ROW, sample
@@ -221,21 +222,15 @@ def _embedding(shape: Shape, load: Load, dtype: torch.dtype) -> Work:
 
 
 def _all_reduce(shape: Shape, load: Load, dtype: torch.dtype) -> Work:
-    size = -(-load.num_tokens * shape.hidden // NUM_RANKS)  # a rank's slice
+    rows, size = -(-load.num_tokens // NUM_RANKS), shape.hidden  # about a rank's slice
 
     def prepare() -> Callable[[], object]:
-        parts = _random((NUM_RANKS, size), dtype)
-        out = torch.empty_like(parts[0])
+        parts, residual = _random((NUM_RANKS, rows * size), torch.float32), _random((rows, size), dtype)
+        out = torch.empty_like(residual)
+        return lambda: all_reduce(parts.view(NUM_RANKS, rows, size), out, Ranks(), residual=residual)
 
-        def call() -> Tensor:
-            _sum_ranks(parts, out)
-            return out
-
-        return call
-
-    return Work(
-        f"all_reduce, sum of {NUM_RANKS}", (NUM_RANKS + 1) * size * dtype.itemsize, (NUM_RANKS - 1) * size, prepare
-    )
+    num_bytes = rows * size * (4 * NUM_RANKS + 2 * dtype.itemsize)
+    return Work(f"all_reduce, sum of {NUM_RANKS}", num_bytes, NUM_RANKS * rows * size, prepare)
 
 
 def _sample(shape: Shape, load: Load) -> Work:
