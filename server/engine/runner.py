@@ -11,17 +11,18 @@ import torch
 
 from octavo.kernels.backend import device
 from octavo.kernels.program import Graphs, Program, graph_sizes
+from octavo.kernels.ranks import Ranks
 from octavo.kernels.sample import EDIT, ROW, Sampled, sample
 from octavo.models.batch import Activations, StepInputs, host_and_device
 from octavo.models.config import ModelConfig
 from octavo.models.llama import Llama
-from octavo.models.memory import LOGITS_ROWS, kv_block_shape
+from octavo.models.memory import LOGITS_ROWS, kv_block_shape, logits_shape
 from octavo.server.engine.plan import NewChoice, StepPlan, StepResult
 from octavo.server.engine.request import SamplingParams, TokenLogprobs
 
 
 class Runner:
-    """Executes step plans in order."""
+    """Executes step plans in order, the same ones on every rank. Rank 0 alone samples and has results."""
 
     def __init__(
         self,
@@ -33,19 +34,27 @@ class Runner:
         max_num_batched_tokens: int,
         max_model_len: int,
         use_graphs: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
-        """use_graphs: once warmed up, replay steps in which every choice decodes, filled up to one of a few sizes."""
-        self.model = model
+        """use_graphs: once warmed up, replay steps in which every choice decodes, filled up to one of a few sizes.
+
+        ranks: by default this rank is alone.
+        """
+        self.model, self._ranks = model, ranks or Ranks()
         self._block_size = block_size
         config: ModelConfig = model.config
-        shape = kv_block_shape(config, num_blocks, block_size)
+        shape = kv_block_shape(model.shard.local(config), num_blocks, block_size)
         # Zeros are written, so that the memory is there from the start.
         self.kv_caches = [
             torch.empty(shape, dtype=model.dtype, device=device()).zero_() for _ in range(config.num_layers)
         ]
         self._inputs = StepInputs(max_num_batched_tokens, max_num_seqs, -(-max_model_len // block_size))
-        self._activations = Activations.empty(config, max_num_batched_tokens, model.dtype)
-        self._logits = torch.empty((LOGITS_ROWS, config.vocab_size), dtype=torch.float32, device=device())
+        self._activations = Activations.empty(config, max_num_batched_tokens, model.dtype, model.shard, self._ranks)
+        self._widths = [len(peer.vocab(config)) for peer in model.shard.peers]  # of each rank's logits
+        self._own_logits = self._ranks.buffer(logits_shape(config, model.shard), torch.float32).view(-1)
+        self._own_token_ids = self._ranks.buffer((LOGITS_ROWS,), torch.int32)
+        whole = LOGITS_ROWS if self._ranks.num_ranks > 1 and self._ranks.rank == 0 else 0
+        self._logits = torch.empty((whole, config.vocab_size), dtype=torch.float32, device=device())
         largest = max_num_batched_tokens, max_num_seqs, max_num_batched_tokens, max_model_len
         self._forward = Program(self._launch, *largest)
         self._decode_sizes = graph_sizes(min(max_num_seqs, max_num_batched_tokens))
@@ -83,7 +92,9 @@ class Runner:
             self._prompt_logprobs(result, plan, index, hidden[ends[index] - nums[index] : ends[index]])
         if len(sampled):
             self._sample(result, sampled, slots, starts + nums, hidden[self._inputs.part("sampled", len(sampled))])
-        elif device().type == "cuda":
+        else:
+            self._ranks.broadcast(self._own_token_ids[:0])  # no rank is ahead by a step
+        if not len(sampled) and device().type == "cuda":
             torch.cuda.synchronize()  # nothing else has waited: the inputs are free again, the step's duration is known
         return result
 
@@ -150,9 +161,15 @@ class Runner:
             batch["places"][:num_tokens] = of_token.astype(np.int64) * self._token_rows.shape[1] + positions
         return num_tokens, num_sequences, int(nums.max()), max_context_len
 
-    def _sample_rows(self, hidden: torch.Tensor, rows: np.ndarray, edits: np.ndarray, allowed: np.ndarray) -> Sampled:
-        logits = self.model.logits(hidden[: len(rows)], self._logits[: len(rows)])
-        return sample(logits, rows, self._tokens, edits, allowed)
+    def _sample_rows(
+        self, hidden: torch.Tensor, rows: np.ndarray, edits: np.ndarray, allowed: np.ndarray
+    ) -> Sampled | None:
+        """On ranks but the first: None."""
+        width = self._widths[self._ranks.rank]
+        own_logits = self._own_logits[: len(rows) * width].view(len(rows), width)
+        self.model.logits(hidden[: len(rows)], own_logits)
+        logits = self._ranks.gather(own_logits, self._widths, self._logits[: len(rows)])
+        return sample(logits, rows, self._tokens, edits, allowed) if self._ranks.rank == 0 else None
 
     def _sample(
         self, result: StepResult, indices: np.ndarray, slots: np.ndarray, lens: np.ndarray, hidden: torch.Tensor
@@ -164,12 +181,13 @@ class Runner:
         for begin in range(0, len(rows), LOGITS_ROWS):
             part = rows[begin : begin + LOGITS_ROWS]
             out = self._sample_rows(hidden[begin:], part, edits, allowed)
-            failed = out.token_ids < 0
-            token_ids = np.where(failed, 0, out.token_ids)
+            token_ids = self._agree_on(None if out is None else np.maximum(out.token_ids, 0), len(part))
             fits = part["total_len"] < self._token_rows.shape[1]
             self._token_rows[part["slot"][fits], part["total_len"][fits]] = token_ids[fits]
+            if out is None:
+                continue
             result.token_ids += token_ids.tolist()
-            result.failed += indices[begin : begin + LOGITS_ROWS][failed].tolist()
+            result.failed += indices[begin : begin + LOGITS_ROWS][out.token_ids < 0].tolist()
             for i in np.flatnonzero(part["num_top"] >= 0):
                 top = part["num_top"][i]
                 result.logprobs[int(indices[begin + i])] = TokenLogprobs(
@@ -177,6 +195,16 @@ class Runner:
                     float(out.logprobs[i]),
                     list(zip(out.top_ids[i, :top].tolist(), out.top_logprobs[i, :top].tolist(), strict=True)),
                 )
+
+    def _agree_on(self, token_ids: np.ndarray | None, count: int) -> np.ndarray:
+        """Rank 0's token ids, on every rank; the step's last collective."""
+        if token_ids is not None and self._ranks.num_ranks == 1:
+            return token_ids
+        told = self._own_token_ids[:count]
+        if token_ids is not None:
+            told.copy_(torch.from_numpy(token_ids))
+        self._ranks.broadcast(told)
+        return told.cpu().numpy()
 
     def _edits(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What is added to logits, and the sets of allowed ids, of those rows that have such options."""
@@ -214,17 +242,22 @@ class Runner:
         rows["target"] = targets
         rows["num_top"] = params.prompt_logprobs
         found: list[TokenLogprobs] = []
+        is_finite = True
         none = np.array([], EDIT), np.array([], np.int32)
         for begin in range(0, len(rows), LOGITS_ROWS):
             part = rows[begin : begin + LOGITS_ROWS]
             out = self._sample_rows(hidden[begin:], part, *none)
+            if out is None:
+                continue
             if (out.token_ids < 0).any():
-                result.failed.append(index)
-                return
+                is_finite = False
             columns = (out.token_ids, out.logprobs, out.top_ids, out.top_logprobs)
             for token_id, logprob, top_ids, top in zip(*(column.tolist() for column in columns), strict=True):
                 found.append(TokenLogprobs(token_id, logprob, list(zip(top_ids, top, strict=True))))
-        result.prompt_logprobs[index] = found
+        if is_finite:
+            result.prompt_logprobs[index] = found
+        else:
+            result.failed.append(index)
 
     def warm_up(self, num_tokens: int) -> None:
         """Touch what a step uses: one prefill of `num_tokens` tokens and one decode, on blocks that nobody owns yet.

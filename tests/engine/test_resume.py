@@ -135,7 +135,7 @@ def test_what_is_committed_is_not_computed_for_its_logprobs_again(
     scored: list[int] = []
     sample_rows = engine.runner._sample_rows
 
-    def watched(hidden: torch.Tensor, rows: np.ndarray, *options: np.ndarray) -> Sampled:
+    def watched(hidden: torch.Tensor, rows: np.ndarray, *options: np.ndarray) -> Sampled | None:
         scored.append(len(rows))
         return sample_rows(hidden, rows, *options)
 
