@@ -146,6 +146,19 @@ class DistributedRanks(Ranks):
         super().__init__(group.rank(), group.size())
         self.group = group
 
+    @classmethod
+    def meet(cls, rank: int, num_ranks: int, memory: int) -> "DistributedRanks":
+        """Meet the other processes of this machine over memory that all share, on loopback alone."""
+        os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = "lo"
+        store = dist.FileStore(  # type: ignore[attr-defined]
+            f"/proc/self/fd/{memory}", num_ranks
+        )
+        dist.init_process_group(
+            "nccl" if device().type == "cuda" else "gloo", store=store, rank=rank, world_size=num_ranks
+        )
+        assert dist.group.WORLD is not None
+        return cls(dist.group.WORLD)
+
     def gather(self, columns: Tensor, widths: Sequence[int], out: Tensor) -> Tensor:
         """See `Ranks`."""
         rows, widest = columns.shape[0], max(widths)

@@ -22,7 +22,6 @@ from octavo.models.config import ModelConfig, RopeConfig
 from octavo.models.quantization.base import Quantization, QuantizedRows
 from octavo.models.shard import Shard, Span, form_of_part, whole
 
-
 Weight = PackedWeight | Packed4Bit
 
 

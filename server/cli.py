@@ -30,6 +30,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "max_num_batched_tokens": (1, inf),
     "kv_cache_memory_bytes": (1, inf),
     "gpu_memory_utilization": (0.05, 1),
+    "tensor_parallel_size": (1, 8),
     "port": (0, 65535),
     "seed": (0, 2**64 - 1),
     "max_num_queued_reqs": (0, inf),

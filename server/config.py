@@ -45,18 +45,22 @@ class EngineConfig:
     block_size: int = flag(16, "tokens per KV block", choices=(16, 32, 64))
     kv_cache_memory_bytes: int | None = flag(
         None,
-        "memory for the KV cache, suffixes k, m, g allowed; raised to what one full-length request needs (default: "
-        "512M on a CPU, what --gpu-memory-utilization leaves on a GPU)",
+        "memory for the KV cache, of each GPU or of all ranks on a CPU, suffixes k, m, g allowed; raised to what one "
+        "full-length request needs (default: 512M on a CPU, what --gpu-memory-utilization leaves on a GPU)",
     )
     gpu_memory_utilization: float = flag(
         0.9, "share of a GPU's memory for weights, workspace and KV cache; without effect on a CPU"
     )
     enforce_eager: bool = flag(False, "on a GPU run decode steps kernel by kernel, without CUDA graphs")
     enable_prefix_caching: bool = flag(True, "share KV blocks between requests that begin alike")
+    tensor_parallel_size: int = flag(
+        1, "ranks that divide the model among them, up to 8: a GPU each, or on a CPU a process each"
+    )
     exactness: str = flag(
         "batch",
-        "batch: a request's bits do not depend on what runs beside it; fast, on a GPU alone: no such promise",
-        choices=("batch", "fast"),
+        "batch: a request's bits do not depend on what runs beside it; ranks: nor on whether there are 1, 2, 4 or 8 "
+        "ranks; fast, on a GPU alone: no such promise",
+        choices=("batch", "ranks", "fast"),
     )
 
     def to_json(self) -> str:

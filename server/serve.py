@@ -289,21 +289,26 @@ def _log_start(config: ServerConfig, client: EngineClient, listener: socket.sock
     context = info.num_blocks * info.block_size
     logger.info("octavo %s serves %s (%s)", __version__, config.model_name, info.architecture)
     logger.info(
-        "%s, %.1f M parameters, on %s, kernels %s, %d threads, loaded in %.1f s",
+        "%s, %.1f M parameters, on %s, kernels %s, %d ranks of %d threads, loaded in %.1f s",
         info.dtype,
         info.num_parameters / 1e6,
         info.device,
         info.kernels,
+        len(info.ranks),
         info.num_threads,
         info.load_s,
     )
-    logger.info(
-        "memory: weights %.2f GiB, KV cache %.2f GiB, workspace %.2f GiB, reserve %.2f GiB",
-        info.weight_bytes / GIB,
-        info.kv_cache_bytes / GIB,
-        info.workspace_bytes / GIB,
-        info.reserve_bytes / GIB,
-    )
+    for number, rank in enumerate(info.ranks):
+        logger.info(
+            "%s: weights %.2f GiB, KV cache %.2f GiB, workspace %.2f GiB, reserve %.2f GiB; %.2f GB read in %.1f s",
+            f"memory of rank {number}" if len(info.ranks) > 1 else "memory",
+            rank.weight_bytes / GIB,
+            rank.kv_cache_bytes / GIB,
+            rank.workspace_bytes / GIB,
+            rank.reserve_bytes / GIB,
+            rank.read_bytes / 1e9,
+            rank.load_s,
+        )
     logger.info(
         "KV cache %.2f GiB: %d blocks, %d tokens at once, %.1f requests of the full length %d",
         info.kv_cache_bytes / GIB,

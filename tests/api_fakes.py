@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as HuggingFaceTokenizer
 from octavo.server.api.app import create_app
 from octavo.server.api.state import State
 from octavo.server.config import ServerConfig
-from octavo.server.engine.channel import EngineInfo, EngineStats, StepOutput
+from octavo.server.engine.channel import EngineInfo, EngineStats, RankInfo, StepOutput
 from octavo.server.engine.request import Delta, FinishReason, GenerationRequest, TokenLogprobs
 from octavo.server.errors import EngineError
 from octavo.server.text.tokenizer import Tokenizer
@@ -64,12 +64,9 @@ class FakeEngine:
             max_model_len=MAX_MODEL_LEN,
             vocab_size=VOCAB_SIZE,
             num_parameters=1,
-            weight_bytes=4,
-            workspace_bytes=4,
-            reserve_bytes=4,
             num_blocks=64,
             block_size=16,
-            kv_cache_bytes=1 << 20,
+            ranks=[RankInfo(4, 4, 4, 1 << 20, 4, 0.0)],
             device="cpu",
             kernels="none",
             num_threads=1,

@@ -35,6 +35,10 @@ def processes(session: int) -> list[int]:
     return sorted(found)
 
 
+def _parent(pid: int) -> int:
+    return int(stat(pid)[1])
+
+
 @dataclass
 class Server:
     """An `octavo serve` in a session of its own, so that all its processes can be found."""
@@ -58,9 +62,14 @@ class Server:
         return self.log_path.read_text()
 
     @property
+    def rank_pids(self) -> list[int]:
+        """In the order of ranks: the launcher's children."""
+        (launcher,) = (pid for pid in processes(self.pid) if _parent(pid) == self.pid)
+        return [pid for pid in processes(self.pid) if _parent(pid) == launcher]
+
+    @property
     def engine_pid(self) -> int:
-        (pid,) = set(processes(self.pid)) - {self.pid}
-        return pid
+        return self.rank_pids[0]
 
     def wait_until_ready(self) -> None:
         """Reads the port from the log and waits for /readyz."""

@@ -36,6 +36,18 @@ class Ping(msgspec.Struct, tag="ping"):
 
 
 @dataclass(slots=True)
+class RankInfo:
+    """What one rank holds, and what loading it took."""
+
+    weight_bytes: int
+    workspace_bytes: int
+    reserve_bytes: int  # of the memory plan: for runtime and libraries
+    kv_cache_bytes: int
+    read_bytes: int  # of the checkpoint
+    load_s: float
+
+
+@dataclass(slots=True)
 class EngineInfo:
     """Facts about the loaded model and its memory, known once the engine is ready."""
 
@@ -45,16 +57,18 @@ class EngineInfo:
     max_model_len: int
     vocab_size: int
     num_parameters: int
-    weight_bytes: int
-    workspace_bytes: int
-    reserve_bytes: int  # of the memory plan: for runtime and libraries
     num_blocks: int
     block_size: int
-    kv_cache_bytes: int
+    ranks: list[RankInfo]
     device: str  # "cpu" or the GPU's name
     kernels: str  # the kernels in use, for people
-    num_threads: int
+    num_threads: int  # of each rank
     load_s: float
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """Over all ranks."""
+        return sum(rank.kv_cache_bytes for rank in self.ranks)
 
 
 @dataclass(slots=True)

@@ -26,7 +26,7 @@ from octavo.server.engine.channel import (
     decode_to_front_end,
     encode_frame,
 )
-from octavo.server.engine.group import Group
+from octavo.server.engine.group import Group, Launcher
 from octavo.server.engine.journal import Journal
 from octavo.server.engine.request import Delta, GenerationRequest
 from octavo.server.errors import EngineError, StartupError
@@ -58,6 +58,7 @@ class EngineClient(asyncio.Protocol):
         self.journal = Journal()
         self._buffer = FrameBuffer()
         self._callers: dict[str, tuple[OnDeltas, OnError]] = {}  # by request id
+        self._launcher = Launcher()
         self._group: Group | None = None
         self._transport: asyncio.WriteTransport | None = None
         self._pinging: asyncio.Task[None] | None = None
@@ -76,12 +77,15 @@ class EngineClient(asyncio.Protocol):
     @property
     def pid(self) -> int | None:
         """Process id of rank 0, once it is started."""
-        return self._group.pids[0] if self._group else None
+        return self._group.pids[0] if self._group and self._group.pids else None
 
     async def start(self) -> None:
         """Start the process and wait until the model is loaded. Raises StartupError with the engine's own words."""
-        self._group = Group(self._config, EPOCH)
+        self._group = self._launcher.start(self._config, EPOCH)
+        await asyncio.to_thread(self._group.wait_until_started)
         loop = asyncio.get_running_loop()
+        for pidfd in self._group.pidfds:
+            loop.add_reader(pidfd, self._end_group)  # without one rank the others wait for ever
         self._ready = loop.create_future()
         self._transport, _ = await loop.create_connection(lambda: self, sock=self._group.channel)
         self._pinging = asyncio.create_task(self._ping())
@@ -95,9 +99,13 @@ class EngineClient(asyncio.Protocol):
             self._pinging.cancel()
         if self._transport is not None:
             self._transport.close()
+        if self._group is not None:
+            for pidfd in self._group.pidfds:
+                asyncio.get_running_loop().remove_reader(pidfd)
         if self._group is not None and not await asyncio.to_thread(self._group.wait, STOP_S):
-            self._group.kill()
+            self._end_group()
             await asyncio.to_thread(self._group.wait, STOP_S)
+        self._launcher.close()
         self._state = "dead"
 
     def begin(self, request: GenerationRequest, on_deltas: OnDeltas, on_error: OnError) -> None:
@@ -200,6 +208,13 @@ class EngineClient(asyncio.Protocol):
             log.error("%s", text)
         for _, on_error in self._callers.values():
             on_error(EngineError(text))
+
+    def _end_group(self) -> None:
+        """Kill every rank, and watch none any more."""
+        assert self._group is not None
+        for pidfd in self._group.pidfds:
+            asyncio.get_running_loop().remove_reader(pidfd)
+        self._group.kill()
 
     async def _ping(self) -> None:
         while True:

@@ -1,18 +1,17 @@
 """The engine's client over its real socket, with the test as the engine: what is handed out, aborted and told."""
 
 import asyncio
-import os
 import socket
-import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
 from api_fakes import FakeEngine, eventually
 
 from octavo.server.config import EngineConfig
+from octavo.server.engine import client
 from octavo.server.engine.channel import (
     Abort,
     Add,
@@ -32,17 +31,15 @@ from octavo.server.errors import EngineError, StartupError
 
 
 class Process:
-    """Stands for the engine process: the test has its end of the socket."""
+    """Stands for the engine's processes: the test has its end of the socket."""
 
-    pid = os.getpid()
-
-    def __init__(self, command: list[str], pass_fds: list[int], stdin: int) -> None:
-        self.channel = socket.socket(fileno=os.dup(pass_fds[0]))
+    def __init__(self) -> None:
+        self.channel, theirs = socket.socketpair()
+        self.group = SimpleNamespace(
+            channel=theirs, pids=[0], pidfds=[], wait_until_started=lambda: None, wait=lambda timeout_s: True
+        )
         self._buffer = FrameBuffer()
         self.received: list[ToEngine] = []
-
-    def wait(self, timeout: float | None = None) -> int:
-        return 0
 
     def send(self, *messages: ToFrontEnd) -> None:
         """All in one write."""
@@ -83,17 +80,11 @@ class Caller:
 
 async def launched(monkeypatch: pytest.MonkeyPatch) -> tuple[EngineClient, Process, asyncio.Task[None]]:
     """A client, the process that it launched, and its start, which waits for the process to say something."""
-    processes: list[Process] = []
-
-    def popen(*args: Any, **kwargs: Any) -> Process:
-        processes.append(Process(*args, **kwargs))
-        return processes[0]
-
-    monkeypatch.setattr(subprocess, "Popen", popen)
+    process = Process()
+    launcher = SimpleNamespace(start=lambda config, epoch: process.group, close=lambda: None)
+    monkeypatch.setattr(client, "Launcher", lambda: launcher)
     engine = EngineClient(EngineConfig(model="tiny"))
-    start = asyncio.create_task(engine.start())
-    await eventually(lambda: bool(processes))
-    return engine, processes[0], start
+    return engine, process, asyncio.create_task(engine.start())
 
 
 @asynccontextmanager
