@@ -62,6 +62,9 @@ class Ranks:
     def broadcast(self, values: Tensor) -> None:
         """Make a buffer hold what it holds on rank 0. Returns when all ranks are there."""
 
+    def wait(self) -> None:
+        """Returns when nobody looks any more at what this rank has shared: to be called where a step ends otherwise."""
+
     @property
     def collective_s(self) -> float:
         """Seconds in collectives so far, waiting for other ranks included."""
@@ -113,19 +116,19 @@ class SharedMemoryRanks(Ranks):
     def gather(self, columns: Tensor, widths: Sequence[int], out: Tensor) -> Tensor:
         """See `Ranks`."""
         rows, offset = columns.shape[0], self.offset(columns)
-        self._barrier()
+        self.wait()
         if self.rank == 0:
             parts = [
                 region[offset : offset + rows * width * columns.dtype.itemsize].view(columns.dtype).view(rows, width)
                 for region, width in zip(self._regions, widths, strict=True)
             ]
             torch.cat(parts, dim=1, out=out)
-        self._barrier()  # nobody's columns change before they are read
+        self.wait()  # nobody's columns change before they are read
         return out
 
     def broadcast(self, values: Tensor) -> None:
         """See `Ranks`."""
-        self._barrier()
+        self.wait()
         offset = self.offset(values)
         if self.rank:
             values.view(-1).view(torch.uint8).copy_(self._regions[0, offset : offset + values.nbytes])
@@ -135,7 +138,8 @@ class SharedMemoryRanks(Ranks):
         """See `Ranks`."""
         return self._nanoseconds.value / 1e9
 
-    def _barrier(self) -> None:
+    def wait(self) -> None:
+        """See `Ranks`: all ranks are there."""
         launch("octavo_barrier", _BarrierArgs(0, self.native))
 
 

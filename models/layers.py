@@ -171,7 +171,7 @@ class SummedLinear:
         if self.inputs[0].is_whole:
             product(x, self.weights[0], self.bias, a.hidden, a.hidden)
             return
-        columns = x.split([len(span) for span in self.inputs], dim=1)  # type: ignore[no-untyped-call]
+        columns = x.split([len(span) for span in self.inputs], dim=1)
         for some, weight, part in zip(columns, self.weights, a.parts, strict=True):
             product(some, weight, None, None, part)
         all_reduce(a.parts, a.hidden, a.ranks, sums=a.sums, bias=self.bias, residual=a.hidden)

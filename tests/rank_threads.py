@@ -21,10 +21,12 @@ def engine_of(config: EngineConfig) -> Iterator[Engine]:
     leader = Place(0, num_ranks, memory=memory)
     statuses: list[int] = []
     threads = []
+    ends: list[socket.socket] = []
     try:
         for rank in range(1, num_ranks):
             ours, theirs = socket.socketpair()
             leader.channels.append(ours)
+            ends += [ours, theirs]
             place = replace(leader, rank=rank, channels=[theirs])
             threads.append(threading.Thread(target=lambda place: statuses.append(follow(config, place)), args=(place,)))
             threads[-1].start()
@@ -34,7 +36,7 @@ def engine_of(config: EngineConfig) -> Iterator[Engine]:
             channel.shutdown(socket.SHUT_RDWR)
         for thread in threads:
             thread.join(60)
-        for channel in leader.channels:
-            channel.close()
+        for end in ends:
+            end.close()
         os.close(memory)
     assert statuses == [0] * (num_ranks - 1)

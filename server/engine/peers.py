@@ -21,6 +21,7 @@ DIGEST_BYTES = 16
 RECEIVE_BYTES = 1 << 20
 _LENGTH = struct.Struct("<I")
 _HEADER = struct.Struct(f"<H{DIGEST_BYTES}s")  # version, digest of the plan
+HEADER_BYTES = _HEADER.size
 
 
 class PeerError(RuntimeError):
@@ -73,7 +74,7 @@ def decode_plan(data: bytes) -> StepPlan:
         version, digest = _HEADER.unpack_from(data)
         if version != VERSION:
             raise PeerError(f"a plan has version {version}, expected {VERSION}")
-        plan: StepPlan = _decode_plan(data[_HEADER.size :])
+        plan: StepPlan = _decode_plan(data[HEADER_BYTES:])
     except (struct.error, msgspec.DecodeError) as error:
         raise PeerError(f"a plan cannot be read: {error}") from None
     if _digest(_encoder.encode(plan)) != digest:
@@ -184,9 +185,8 @@ class Follower:
         except PeerError:
             return None
         plan = decode_plan(data)
-        if (plan.epoch, plan.step) != (self._epoch, self.num_steps + 1):
-            raise PeerError(
-                f"step {plan.step} of epoch {plan.epoch} came, expected step {self.num_steps + 1} of {self._epoch}"
-            )
+        wanted = self._epoch, self.num_steps + 1
+        if (plan.epoch, plan.step) != wanted:
+            raise PeerError(f"a plan is of (epoch, step) {(plan.epoch, plan.step)}, expected {wanted}")
         self.num_steps += 1
         return plan

@@ -93,7 +93,7 @@ class Runner:
         if len(sampled):
             self._sample(result, sampled, slots, starts + nums, hidden[self._inputs.part("sampled", len(sampled))])
         else:
-            self._ranks.broadcast(self._own_token_ids[:0])  # no rank is ahead by a step
+            self._ranks.wait()
         if not len(sampled) and device().type == "cuda":
             torch.cuda.synchronize()  # nothing else has waited: the inputs are free again, the step's duration is known
         return result
