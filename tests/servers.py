@@ -62,10 +62,14 @@ class Server:
         return self.log_path.read_text()
 
     @property
+    def launcher_pid(self) -> int:
+        (pid,) = (pid for pid in processes(self.pid) if _parent(pid) == self.pid)
+        return pid
+
+    @property
     def rank_pids(self) -> list[int]:
         """In the order of ranks: the launcher's children."""
-        (launcher,) = (pid for pid in processes(self.pid) if _parent(pid) == self.pid)
-        return [pid for pid in processes(self.pid) if _parent(pid) == launcher]
+        return [pid for pid in processes(self.pid) if _parent(pid) == self.launcher_pid]
 
     @property
     def engine_pid(self) -> int:
