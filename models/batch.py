@@ -113,6 +113,7 @@ class Activations:
     qkv: Tensor
     attended: Tensor  # [tokens, heads * head_size]
     gated: Tensor  # [tokens, intermediate]
+    ordered: Tensor  # [tokens, the most inputs of a weight that has its own order, or 0]
 
     @classmethod
     def empty(cls, config: ModelConfig, max_tokens: int, dtype: torch.dtype) -> "Activations":
@@ -126,7 +127,8 @@ class Activations:
         return Activations(*(getattr(self, field.name)[:num_tokens] for field in fields(self)))
 
 
-def activation_widths(config: ModelConfig) -> tuple[int, int, int, int, int]:
+def activation_widths(config: ModelConfig) -> tuple[int, int, int, int, int, int]:
     """Elements per token of each buffer of `Activations`."""
-    hidden = config.hidden_size
-    return hidden, hidden, config.q_size + 2 * config.kv_size, config.q_size, config.intermediate_size
+    hidden, inner = config.hidden_size, config.intermediate_size
+    ordered = max(hidden, config.q_size, inner) if config.quantization.has_orders else 0
+    return hidden, hidden, config.q_size + 2 * config.kv_size, config.q_size, inner, ordered

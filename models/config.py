@@ -3,9 +3,12 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from octavo.models.gguf import GgufError, GgufFile
+from octavo.models.quantization.base import HEAD, PLAIN, Quantization
 
 
 class ConfigError(ValueError):
@@ -14,7 +17,7 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
-    """Rotary embedding. `kind` is default, linear, llama3 or yarn; the rest as the checkpoint names it."""
+    """Rotary embedding. `kind` is default, linear, llama3, yarn or factors; the rest as the checkpoint names it."""
 
     theta: float
     kind: str = "default"
@@ -26,6 +29,7 @@ class RopeConfig:
     beta_slow: float = 1.0
     truncate: bool = True
     attention_factor: float = 1.0  # multiplies cosines and sines
+    factors: tuple[float, ...] = ()  # of the factors kind: what each angle is divided by
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +54,8 @@ class ModelConfig:
     qk_norm: bool
     windows: tuple[int, ...]
     rope: RopeConfig
+    quantization_config: Mapping[str, Any] | None = None  # as config.json has it
+    quantization: Quantization = PLAIN  # what comes of that, once the checkpoint has been looked at
 
     @property
     def q_size(self) -> int:
@@ -60,6 +66,12 @@ class ModelConfig:
     def kv_size(self) -> int:
         """Width of all key heads, or of all value heads."""
         return self.num_kv_heads * self.head_size
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the output head has a weight of its own: one that is not the embedding, or not in its format."""
+        form = self.quantization.format(HEAD, self.vocab_size, self.hidden_size)
+        return not self.tie_word_embeddings or form is not None
 
 
 # architecture -> whether it (has a QKV bias whatever the file says, normalises queries and keys)
@@ -91,7 +103,9 @@ _ROPE_KEYS = (
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """The configuration of the model in `folder`. Raises ConfigError."""
+    """The configuration of the model in `folder`, which may also be a GGUF file. Raises ConfigError."""
+    if folder.is_file():
+        return _read_gguf(folder)
     path = folder / "config.json"
     try:
         raw = json.loads(path.read_text())
@@ -107,15 +121,29 @@ def read_config(folder: Path) -> ModelConfig:
         raise ConfigError(f"{path}: {error}") from None
 
 
+def _read_gguf(path: Path) -> ModelConfig:
+    try:
+        file = GgufFile(path)
+        config, factors = parse_config(file.config()), file.rope_factors()
+    except GgufError as error:
+        raise ConfigError(str(error)) from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if factors is None:
+        return config
+    if len(factors) != config.head_size // 2 or not all(0 < factor < 1e12 for factor in factors):
+        raise ConfigError(f"{path}: tensor rope_freqs.weight: expected {config.head_size // 2} positive numbers")
+    return replace(config, rope=replace(config.rope, kind="factors", factors=factors))
+
+
 def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     """The configuration from config.json's content. Raises ConfigError that names the key."""
     architectures = raw.get("architectures")
     architecture = architectures[0] if isinstance(architectures, list) and architectures else None
     if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise ConfigError(f"architecture {architecture!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
-    if raw.get("quantization_config") is not None:
-        method = raw["quantization_config"].get("quant_method") if isinstance(raw["quantization_config"], dict) else "?"
-        raise ConfigError(f"quantization {method!r} is not supported yet")
+    if not isinstance(raw.get("quantization_config"), dict | None):
+        raise ConfigError("quantization_config: expected an object")
     if (activation := raw.get("hidden_act", "silu")) != "silu":
         raise ConfigError(f"hidden_act {activation!r} is not supported; supported: silu")
     always_qkv_bias, qk_norm = ARCHITECTURES[architecture]
@@ -152,6 +180,7 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
         qk_norm=qk_norm,
         windows=_windows(raw, architecture, layers),
         rope=rope,
+        quantization_config=raw.get("quantization_config"),
     )
 
 

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from octavo.models.batch import Activations, ForwardBatch
 from octavo.models.config import ModelConfig
-from octavo.models.layers import Attention, Embedding, Mlp, Norm, Parameters, rotary_table
+from octavo.models.layers import Attention, Embedding, Linear, Mlp, Norm, Parameters, rotary_table
+from octavo.models.quantization.base import EMBEDDING, HEAD
 
 
 class Layer:
@@ -37,12 +38,13 @@ class Llama:
     def __init__(self, config: ModelConfig, dtype: torch.dtype, max_len: int) -> None:
         """max_len: positions that the rotary table covers."""
         self.config, self.dtype = config, dtype
-        self.embedding = Embedding("model.embed_tokens", config.vocab_size, config.hidden_size, dtype)
+        vocab_size, hidden_size, quantization = config.vocab_size, config.hidden_size, config.quantization
+        self.embedding = Embedding(EMBEDDING, vocab_size, hidden_size, dtype, quantization)
         self.layers = [Layer(i, config, dtype) for i in range(config.num_layers)]
         self.norm = Norm("model.norm", config.hidden_size, config.rms_norm_eps)
-        self.head = self.embedding
-        if not config.tie_word_embeddings:
-            self.head = Embedding("lm_head", config.vocab_size, config.hidden_size, dtype)
+        self.head: Linear | None = None  # None: the embedding serves as one
+        if config.has_head:
+            self.head = Linear(hidden_size, {HEAD: vocab_size}, dtype, quantization)
         self.cos_sin = rotary_table(config.rope, config.head_size, max_len)
 
     def forward(self, a: Activations, batch: ForwardBatch, kv_caches: list[Tensor]) -> None:
@@ -54,10 +56,10 @@ class Llama:
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
         """hidden: [rows, hidden]; out: [rows, vocab] float32. Returns out."""
-        return self.head.logits(hidden, out)
+        return self.embedding.logits(hidden, out) if self.head is None else self.head(hidden, out)
 
     def parameters(self) -> Parameters:
         """All tensors by checkpoint name."""
-        heads = {self.embedding, self.head}  # one, where tied
-        parts: list[Embedding | Layer | Norm] = [*heads, *self.layers, self.norm]
+        heads = [] if self.head is None else [self.head]
+        parts: list[Embedding | Linear | Layer | Norm] = [self.embedding, *heads, *self.layers, self.norm]
         return {name: parameter for part in parts for name, parameter in part.parameters().items()}

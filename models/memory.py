@@ -6,19 +6,32 @@ import torch
 
 from octavo.kernels.backend import exact, kernels
 from octavo.kernels.matmul import packed_bytes
+from octavo.kernels.matmul_4bit import packed_4bit_bytes
 from octavo.models.batch import activation_widths
 from octavo.models.config import ModelConfig
+from octavo.models.quantization.base import EMBEDDING, HEAD, form_of
 
 LOGITS_ROWS = 64  # rows of the vocabulary-wide logits that exist at once
 
 
+def linears(config: ModelConfig) -> list[tuple[dict[str, int], int]]:
+    """(modules stacked in it -> outputs, inputs) of every weight matrix: embedding, a head of its own, layers."""
+    hidden, inner, q, kv = config.hidden_size, config.intermediate_size, config.q_size, config.kv_size
+    found = [({name: config.vocab_size}, hidden) for name in (EMBEDDING, HEAD)[: 1 + config.has_head]]
+    for index in range(config.num_layers):
+        attention, mlp = f"model.layers.{index}.self_attn", f"model.layers.{index}.mlp"
+        found += [
+            ({f"{attention}.q_proj": q, f"{attention}.k_proj": kv, f"{attention}.v_proj": kv}, hidden),
+            ({f"{attention}.o_proj": hidden}, q),
+            ({f"{mlp}.gate_proj": inner, f"{mlp}.up_proj": inner}, hidden),
+            ({f"{mlp}.down_proj": hidden}, inner),
+        ]
+    return found
+
+
 def linear_shapes(config: ModelConfig) -> list[tuple[int, int]]:
-    """(outputs, inputs) of every weight matrix: embedding, layers, and the head unless it is tied."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    qkv = (config.q_size + 2 * config.kv_size, hidden)
-    layer = [qkv, (hidden, config.q_size), (2 * inner, hidden), (hidden, inner)]
-    heads = 1 if config.tie_word_embeddings else 2
-    return heads * [(config.vocab_size, hidden)] + config.num_layers * layer
+    """(outputs, inputs) of every weight matrix."""
+    return [(sum(parts.values()), k) for parts, k in linears(config)]
 
 
 def num_vector_parameters(config: ModelConfig) -> int:
@@ -32,12 +45,18 @@ def num_vector_parameters(config: ModelConfig) -> int:
 
 def num_parameters(config: ModelConfig) -> int:
     """Parameters of the model, tied ones counted once."""
-    return sum(n * k for n, k in linear_shapes(config)) + num_vector_parameters(config)
+    tied = config.vocab_size * config.hidden_size * (config.has_head and config.tie_word_embeddings)
+    return sum(n * k for n, k in linear_shapes(config)) - tied + num_vector_parameters(config)
 
 
 def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     """Bytes of all weights as they lie in memory."""
-    return sum(packed_bytes(n, k, dtype) for n, k in linear_shapes(config)) + 4 * num_vector_parameters(config)
+    num_bytes = 4 * num_vector_parameters(config)
+    for parts, k in linears(config):
+        n, form = sum(parts.values()), form_of(config.quantization, parts, k)
+        has_order = form is not None and config.quantization.order(next(iter(parts))) is not None
+        num_bytes += packed_bytes(n, k, dtype) if form is None else packed_4bit_bytes(n, k, form) + 4 * k * has_order
+    return num_bytes
 
 
 def kv_block_shape(config: ModelConfig, num_blocks: int, block_size: int) -> tuple[int, int, int, int, int]:

@@ -21,7 +21,7 @@ def flag(default: Any, help: str, **extra: Any) -> Any:
 class EngineConfig:
     """What the engine process needs to know. Crosses to it as JSON."""
 
-    model: str = field(default="", metadata={"positional": True})  # a local Hugging Face folder
+    model: str = field(default="", metadata={"positional": True})  # a local Hugging Face folder, or a GGUF file
     device: str = flag(
         "auto",
         "where the model runs; auto: on a GPU where there is one, else on the CPU",
@@ -33,6 +33,12 @@ class EngineConfig:
         "multiplied natively, else float32; float16 on a GPU alone",
         choices=("auto", "bfloat16", "float16", "float32"),
     )
+    quantization: str | None = flag(
+        None,
+        "quantise 16-bit weights while they are loaded; a checkpoint that is quantised already is served as it is",
+        choices=("nf4", "fp4", "int4"),
+    )
+    quantize_lm_head: bool = flag(False, "with --quantization, quantise the output head as well")
     max_model_len: int | None = flag(None, "most tokens of prompt and output together (default: the model's own limit)")
     max_num_seqs: int = flag(64, "most choices in one step")
     max_num_batched_tokens: int = flag(512, "most tokens computed in one step; longer prompts are prefilled in chunks")

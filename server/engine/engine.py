@@ -12,9 +12,10 @@ from tqdm import tqdm
 
 from octavo.kernels import backend
 from octavo.kernels.cpu.library import library, multiplies_bf16, set_num_threads
+from octavo.models.checkpoint import CheckpointError, open_checkpoint
 from octavo.models.config import ConfigError, ModelConfig, read_config
 from octavo.models.llama import Llama
-from octavo.models.loader import CheckpointError, load
+from octavo.models.loader import load
 from octavo.models.memory import (
     MemoryPlan,
     kv_block_bytes,
@@ -24,6 +25,7 @@ from octavo.models.memory import (
     weight_bytes,
     workspace_bytes,
 )
+from octavo.models.quantization.choose import with_quantization
 from octavo.server.config import GIB, MIB, EngineConfig
 from octavo.server.engine.channel import EngineInfo, EngineStats
 from octavo.server.engine.pacing import ROW_TILE, Pacer
@@ -147,7 +149,9 @@ class Engine:
         folder = Path(config.model)
         try:
             model_config = read_config(folder)
-        except ConfigError as error:
+            checkpoint = open_checkpoint(folder, model_config)
+            model_config = with_quantization(model_config, checkpoint, config.quantization, config.quantize_lm_head)
+        except (ConfigError, CheckpointError) as error:
             raise StartupError(str(error)) from None
         max_model_len = config.max_model_len or model_config.max_position
         if max_model_len > model_config.max_position:
@@ -159,8 +163,8 @@ class Engine:
         model = Llama(model_config, dtype, max_model_len)
         try:
             # disable=None: no bar where standard error is not a terminal.
-            with tqdm(desc="loading", unit="B", unit_scale=True, disable=None, leave=False) as bar:
-                load(folder, model.parameters(), model_config.tie_word_embeddings, bar)
+            with tqdm(desc="loading", unit=" values", unit_scale=True, disable=None, leave=False) as bar:
+                load(checkpoint, model, bar)
         except CheckpointError as error:
             raise StartupError(str(error)) from None
         self.runner = Runner(

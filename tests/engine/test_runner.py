@@ -13,6 +13,7 @@ from tqdm import tqdm
 from octavo.kernels import backend
 from octavo.models import batch
 from octavo.models.batch import StepInputs
+from octavo.models.checkpoint import SafetensorsCheckpoint
 from octavo.models.config import read_config
 from octavo.models.llama import Llama
 from octavo.models.loader import load
@@ -42,7 +43,7 @@ def two_memories(num_bytes: int) -> tuple[torch.Tensor, torch.Tensor]:
 def make(folder: Path, use_graphs: bool) -> Runner:
     config = read_config(folder)
     model = Llama(config, torch.float32, 64)
-    load(folder, model.parameters(), config.tie_word_embeddings, tqdm(disable=True))
+    load(SafetensorsCheckpoint(folder), model, tqdm(disable=True))
     return Runner(
         model,
         num_blocks=NUM_BLOCKS,

@@ -32,7 +32,7 @@ QWEN_WINDOW: dict[str, Any] = {
         ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
         ({"architectures": None}, "architecture None"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"quantization_config": {"quant_method": "awq"}}, "'awq' is not supported yet"),
+        ({"quantization_config": ["awq"]}, "quantization_config: expected an object"),
         ({"vocab_size": -1}, "vocab_size is -1"),
         ({"vocab_size": "320"}, "vocab_size is '320'"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),

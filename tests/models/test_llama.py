@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from octavo.kernels.matmul import PackedWeight
 from octavo.models.batch import Activations, ForwardBatch
+from octavo.models.checkpoint import SafetensorsCheckpoint
 from octavo.models.config import read_config
 from octavo.models.llama import Llama
 from octavo.models.loader import load
@@ -26,7 +27,7 @@ class Paged:
     def __init__(self, folder: Path, dtype: torch.dtype, block_size: int, num_sequences: int = 1) -> None:
         config = read_config(folder)
         self.model = Llama(config, dtype, MAX_LEN)
-        load(folder, self.model.parameters(), config.tie_word_embeddings, tqdm(disable=True))
+        load(SafetensorsCheckpoint(folder), self.model, tqdm(disable=True))
         self.block_size = block_size
         width = -(-MAX_LEN // block_size)
         shape = kv_block_shape(config, width * num_sequences, block_size)

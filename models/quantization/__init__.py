@@ -1,0 +1,1 @@
+"""Quantised weights: one file a format, each of which says what it makes of a module's tensors."""
