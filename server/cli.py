@@ -182,7 +182,10 @@ def build_parser() -> _Parser:
         "./my-model --port 9000 --max-num-seqs 128 --kv-cache-memory-bytes 4G",
     )
     serve.add_argument(
-        "model", nargs="?", metavar="MODEL", help="a Hugging Face folder or a pulled name (default: the default model)"
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="a Hugging Face folder, a GGUF file or a pulled name (default: the default model)",
     )
     for flag in serve_flags():
         _add_flag(serve, flag)
