@@ -216,7 +216,9 @@ class GgufFile:
             return None
         kind = self._get("rope.scaling.type", str, "none")
         if tensor.type != "F32" or kind != "none":
-            raise GgufError(f"{self.path}: tensor rope_freqs.weight has type {tensor.type}, rope.scaling.type is {kind}")
+            raise GgufError(
+                f"{self.path}: tensor rope_freqs.weight has type {tensor.type}, rope.scaling.type is {kind}"
+            )
         stored = self.data[tensor.begin : tensor.begin + tensor.num_bytes]
         return tuple(factor for (factor,) in struct.iter_unpack("<f", stored))
 
