@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.kernels.gpu.device import register_limit
 from octavo.kernels.gpu.math import exp, log
 from octavo.kernels.gpu.variant import Variant
 from octavo.kernels.sample import NOT_FINITE, ROW
@@ -414,10 +415,8 @@ def logprobs_kernel(out_ptr, logits_ptr, words_ptr, ids_ptr, vocab, max_top, BLO
 
 
 def _options() -> dict[str, Any]:
-    options = {"BLOCK": BLOCK, "num_warps": 8, "enable_fp_fusion": False}
-    if torch.version.hip is None:
-        options["maxnreg"] = 128  # left alone, ptxas spills a few for a second program beside it
-    return options
+    # Left alone, ptxas spills a few registers for a second program beside it.
+    return {"BLOCK": BLOCK, "num_warps": 8, "enable_fp_fusion": False, **register_limit(128)}
 
 
 def scratch_bytes(num_rows: int, vocab: int) -> int:
