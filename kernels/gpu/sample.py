@@ -451,7 +451,10 @@ def launch(
     if num_rows == 0:
         return np.zeros((0, 2 + 2 * max_top), np.int32)
     words = np.concatenate([rows.view(np.int32), edits.view(np.int32), allowed])
-    on_device = torch.from_numpy(words).to(logits.device, non_blocking=True)
+    on_host = torch.from_numpy(words)
+    if logits.is_cuda:
+        on_host = on_host.pin_memory()  # from where a copy need not wait
+    on_device = on_host.to(logits.device, non_blocking=True)
     out = torch.zeros((num_rows, 2 + 2 * max_top), dtype=torch.int32, device=logits.device)
     edited, ids = scratch(logits.device, num_rows, vocab)
     edits_at = num_rows * ROW.itemsize // 4
