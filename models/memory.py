@@ -78,10 +78,11 @@ def workspace_bytes(config: ModelConfig, num_tokens: int, max_len: int, dtype: t
         from octavo.kernels.gpu.sample import scratch_bytes
 
         num_bytes += scratch_bytes(LOGITS_ROWS, config.vocab_size)
-        # Twice, since graphs have a memory of their own.
-        num_bytes += 2 * partial_bytes(dtype, num_tokens, config.num_heads, config.head_size, max_len)
-    if not exact():  # a vendor's products know no gate, and round their sums before they are float32 logits
-        num_bytes += (2 * num_tokens * config.intermediate_size + LOGITS_ROWS * config.vocab_size) * dtype.itemsize
+        of_layers = partial_bytes(dtype, num_tokens, config.num_heads, config.head_size, max_len)
+        if not exact():  # a vendor's products know no gate, and round their sums before they are float32 logits
+            of_layers += 2 * num_tokens * config.intermediate_size * dtype.itemsize
+            num_bytes += LOGITS_ROWS * config.vocab_size * dtype.itemsize
+        num_bytes += 2 * of_layers  # once more for graphs, which have a memory of their own
     return num_bytes
 
 

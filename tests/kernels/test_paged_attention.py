@@ -125,10 +125,12 @@ def test_heads_that_ranks_divide_have_the_bits_of_all(first: int, count: int, dt
         qkv, cache, tables, begins, lens = whole._arguments(which)
         part = torch.cat([qkv[:, first * 64 : (first + count) * 64], qkv[:, : 2 * len(kv_heads) * 64]], dim=1)
         arguments = (part.contiguous(), cache[:, :, kv_heads].contiguous(), tables, begins, lens, count, 0.125)
-        cut = {"group_size": 3, "first_head": first % 3}
-        got, want = paged_attention(*arguments, **cut), whole.run(which).unflatten(1, (9, 64))
+        got, want = (
+            paged_attention(*arguments, group_size=3, first_head=first % 3),
+            whole.run(which).unflatten(1, (9, 64)),
+        )
         assert torch.equal(got.unflatten(1, (count, 64)), want[:, first : first + count])
-        exact = reference.paged_attention(*arguments, 0, torch.float64, **cut)
+        exact = reference.paged_attention(*arguments, 0, torch.float64, group_size=3, first_head=first % 3)
         torch.testing.assert_close(got.double(), exact.double(), atol=8e-3, rtol=8e-3)
 
 
