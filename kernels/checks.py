@@ -21,10 +21,11 @@ def check(
     dtype: torch.dtype | Sequence[torch.dtype],
     *,
     contiguous: bool = True,
+    any_device: bool = False,
 ) -> None:
     """Raise ValueError unless `tensor` has the dtype and the shape (None: any size), is where the ops work, and dense.
 
-    With `contiguous=False` only the last dimension must be dense.
+    With `contiguous=False` only the last dimension must be dense; with `any_device` it may be anywhere.
     """
     dtypes = (dtype,) if isinstance(dtype, torch.dtype) else dtype
     if tensor.dtype not in dtypes:
@@ -34,7 +35,7 @@ def check(
     ):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{name}: shape is {tuple(tensor.shape)}, expected ({wanted})")
-    if tensor.device.type != backend.device().type:
+    if tensor.device.type != backend.device().type and not any_device:
         raise ValueError(f"{name}: device is {tensor.device}, expected {backend.device()}")
     if not (tensor.is_contiguous() if contiguous else tensor.stride(-1) == 1 or tensor.shape[-1] <= 1):
         raise ValueError(f"{name}: strides are {tensor.stride()}, expected {'all' if contiguous else 'the last'} dense")

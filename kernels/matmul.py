@@ -47,9 +47,12 @@ class PackedWeight:
         return self.data.dtype
 
     def write_rows(self, begin: int, weight: Tensor) -> None:
-        """Place `weight` [rows, k], of any device, at rows [begin, begin + rows) of one part, in this dtype."""
-        weight = weight.to(self.data.device)
-        check(weight, "weight", (None, self.k), (*COMPUTE_DTYPES, torch.float16), contiguous=False)
+        """Place `weight` [rows, k], of any device, at rows [begin, begin + rows) of one part, in this dtype.
+
+        It is converted where it is: nothing but the packed weight takes memory of the device.
+        """
+        dtypes = (*COMPUTE_DTYPES, torch.float16)
+        check(weight, "weight", (None, self.k), dtypes, contiguous=False, any_device=True)
         rows, part_size = weight.shape[0], self.n // self.num_parts
         part, row_begin = divmod(begin, part_size)
         if not 0 <= part < self.num_parts or row_begin + rows > part_size:

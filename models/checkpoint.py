@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from octavo.models.gguf import IGNORED_TENSORS, GgufFile, checkpoint_name
+from octavo.models.gguf import IGNORED_TENSORS, GgufError, GgufFile, checkpoint_name
 
 if TYPE_CHECKING:
     from octavo.models.config import ModelConfig
@@ -75,7 +75,7 @@ class Checkpoint(Protocol):
 
 
 def open_checkpoint(path: Path, config: "ModelConfig") -> Checkpoint:
-    """The checkpoint in a folder of safetensors, or in a GGUF file. Raises CheckpointError, GgufError."""
+    """The checkpoint in a folder of safetensors, or in a GGUF file. Raises CheckpointError."""
     return SafetensorsCheckpoint(path) if path.is_dir() else GgufCheckpoint(path, config)
 
 
@@ -136,11 +136,14 @@ def _indexed_files(folder: Path, index: Path) -> list[Path]:
 
 
 class GgufCheckpoint:
-    """A GGUF file, its tensors under Hugging Face's names and with rows in Hugging Face's order. Raises GgufError."""
+    """A GGUF file, its tensors named and their rows ordered as Hugging Face has them. Raises CheckpointError."""
 
     def __init__(self, path: Path, config: "ModelConfig") -> None:
         self.path = path
-        self._file = GgufFile(path)
+        try:
+            self._file = GgufFile(path)
+        except GgufError as error:
+            raise CheckpointError(str(error)) from None
         self.tensors: dict[str, TensorInfo] = {}
         for name, tensor in self._file.tensors.items():
             if name not in IGNORED_TENSORS:

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ class RopeConfig:
     beta_slow: float = 1.0
     truncate: bool = True
     attention_factor: float = 1.0  # multiplies cosines and sines
-    factors: tuple[float, ...] = ()  # of the factors kind, by which each angle is divided
+    factors: tuple[float, ...] = ()  # of the factors kind: what each angle is divided by
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +105,7 @@ _ROPE_KEYS = (
 def read_config(folder: Path) -> ModelConfig:
     """The configuration of the model in `folder`, which may also be a GGUF file. Raises ConfigError."""
     if folder.is_file():
-        try:
-            return parse_config(GgufFile(folder).config())
-        except GgufError as error:
-            raise ConfigError(str(error)) from None
-        except ConfigError as error:
-            raise ConfigError(f"{folder}: {error}") from None
+        return _read_gguf(folder)
     path = folder / "config.json"
     try:
         raw = json.loads(path.read_text())
@@ -124,6 +119,21 @@ def read_config(folder: Path) -> ModelConfig:
         return parse_config(raw)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+
+
+def _read_gguf(path: Path) -> ModelConfig:
+    try:
+        file = GgufFile(path)
+        config, factors = parse_config(file.config()), file.rope_factors()
+    except GgufError as error:
+        raise ConfigError(str(error)) from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if factors is None:
+        return config
+    if len(factors) != config.head_size // 2 or not all(0 < factor < 1e12 for factor in factors):
+        raise ConfigError(f"{path}: tensor rope_freqs.weight: expected {config.head_size // 2} positive numbers")
+    return replace(config, rope=replace(config.rope, kind="factors", factors=factors))
 
 
 def parse_config(raw: Mapping[str, Any]) -> ModelConfig:

@@ -207,13 +207,20 @@ class GgufFile:
             raise GgufError(f"{self.path}: rope.scaling.type {kind!r} is not supported; supported: none, linear, yarn")
         if kind == "yarn":
             rope["original_max_position_embeddings"] = self._get("rope.scaling.original_context_length", int)
-        if (tensor := self.tensors.get("rope_freqs.weight")) is not None:
-            # The llama3 kind, worked out: each angle's wavelength is stretched by a factor of its own.
-            if tensor.type != "F32" or kind != "none":
-                raise GgufError(f"{self.path}: tensor rope_freqs.weight has type {tensor.type}, scaling {kind}")
-            stored = self.data[tensor.begin : tensor.begin + tensor.num_bytes]
-            rope |= {"rope_type": "factors", "factors": [factor for (factor,) in struct.iter_unpack("<f", stored)]}
         return rope
+
+    def rope_factors(self) -> tuple[float, ...] | None:
+        """What each of the rope's angles is divided by: the llama3 kind, worked out. Raises GgufError."""
+        tensor = self.tensors.get("rope_freqs.weight")
+        if tensor is None:
+            return None
+        kind = self._get("rope.scaling.type", str, "none")
+        if tensor.type != "F32" or kind != "none":
+            raise GgufError(
+                f"{self.path}: tensor rope_freqs.weight has type {tensor.type}, rope.scaling.type is {kind}"
+            )
+        stored = self.data[tensor.begin : tensor.begin + tensor.num_bytes]
+        return tuple(factor for (factor,) in struct.iter_unpack("<f", stored))
 
     def _get(self, name: str, kind: type, default: Any = None) -> Any:
         """The value of an architecture's key, which must be of this kind."""

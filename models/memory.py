@@ -116,12 +116,13 @@ def workspace_bytes(
         from octavo.kernels.gpu.sample import scratch_bytes
 
         num_bytes += scratch_bytes(LOGITS_ROWS, config.vocab_size)
-        # Twice, since graphs have a memory of their own.
-        num_bytes += 2 * partial_bytes(dtype, num_tokens, local.num_heads, config.head_size, max_len)
+        of_layers = partial_bytes(dtype, num_tokens, local.num_heads, config.head_size, max_len)
         if shard.num_ranks > 1:  # what ranks send each other, and what they get
-            num_bytes += 2 * (8 + 2 * dtype.itemsize) * num_tokens * config.hidden_size
-    if not exact():  # a vendor's products know no gate, and round their sums before they are float32 logits
-        num_bytes += (2 * num_tokens * local.intermediate_size + LOGITS_ROWS * local.vocab_size) * dtype.itemsize
+            of_layers += (8 + 2 * dtype.itemsize) * num_tokens * config.hidden_size
+        if not exact():  # a vendor's products know no gate, and round their sums before they are float32 logits
+            of_layers += 2 * num_tokens * local.intermediate_size * dtype.itemsize
+            num_bytes += LOGITS_ROWS * local.vocab_size * dtype.itemsize
+        num_bytes += 2 * of_layers  # once more for graphs, which have a memory of their own
     return num_bytes
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from decimal import Decimal
 from difflib import get_close_matches
 from math import inf
+from pathlib import Path
 from types import UnionType
 from typing import Any, NoReturn, get_args, get_type_hints
 
@@ -183,7 +184,10 @@ def build_parser() -> _Parser:
         "./my-model --port 9000 --max-num-seqs 128 --kv-cache-memory-bytes 4G",
     )
     serve.add_argument(
-        "model", nargs="?", metavar="MODEL", help="a Hugging Face folder or a pulled name (default: the default model)"
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="a Hugging Face folder, a GGUF file or a pulled name (default: the default model)",
     )
     for flag in serve_flags():
         _add_flag(serve, flag)
@@ -192,6 +196,22 @@ def build_parser() -> _Parser:
         "pull", _pull, "fetch a model once and print its folder", "[NAME]", "HuggingFaceTB/SmolLM2-360M-Instruct"
     )
     pull.add_argument("name", nargs="?", metavar="NAME", help="ORG/NAME on the hub (default: the default model)")
+
+    quantize = verb(
+        "quantize",
+        _quantize,
+        "write a 4-bit copy of a checkpoint that transformers loads, too",
+        "SRC DST --format FORMAT",
+        "./my-model ./my-model-nf4 --format nf4",
+    )
+    quantize.add_argument("source", metavar="SRC", help="a Hugging Face folder or a pulled name")
+    quantize.add_argument("target", metavar="DST", help="the folder to make")
+    quantize.add_argument(
+        "--format", choices=("nf4", "int4"), required=True, help="nf4: bitsandbytes; int4: compressed-tensors"
+    )
+    quantize.add_argument(
+        "--quantize-lm-head", action="store_true", default=False, help="quantise the output head as well"
+    )
 
     chat = verb("chat", _chat, "talk to a running server", "[FLAGS]", '--system "Answer in one sentence."')
     chat.add_argument("--base-url", metavar="URL", default="http://127.0.0.1:8000", help="default: %(default)s")
@@ -248,6 +268,13 @@ def _pull(args: argparse.Namespace) -> int:
 
     print(pull(getattr(args, "name", DEFAULT_MODEL)))
     return 0
+
+
+def _quantize(args: argparse.Namespace) -> int:
+    from octavo.server.pull import resolve_model
+    from octavo.server.quantize import run
+
+    return run(resolve_model(args.source), Path(args.target), args.format, args.quantize_lm_head)
 
 
 def _chat(args: argparse.Namespace) -> int:

@@ -79,7 +79,7 @@ class ServerConfig(EngineConfig):
 
     host: str = flag("127.0.0.1", "address to listen on; 0.0.0.0 for all")
     port: int = flag(8000, "port to listen on")
-    served_model_name: str | None = flag(None, "name in the API (default: the folder's name)")
+    served_model_name: str | None = flag(None, "name in the API (default: the folder's or file's name)")
     api_key: tuple[str, ...] = flag((), "key that clients must send; repeatable; or OCTAVO_API_KEY", metavar="KEY")
     api_key_file: str | None = flag(None, "file with one key a line, kept out of the process list")
     seed: int | None = flag(None, "makes the seeds of requests without one reproducible, in order of arrival")
@@ -99,7 +99,7 @@ class ServerConfig(EngineConfig):
     @property
     def model_name(self) -> str:
         """The model's name in the API."""
-        return self.served_model_name or Path(self.model).name
+        return self.served_model_name or Path(self.model).name.removesuffix(".gguf")
 
     @property
     def max_num_choices(self) -> int:

@@ -64,17 +64,19 @@ def pull(name: str) -> Path:
 
 
 def resolve_model(model: str | None) -> Path:
-    """The folder of a model that is on this machine: a local folder, or a pulled name (None: `DEFAULT_MODEL`).
+    """Where a model is on this machine: a local folder or GGUF file, or a pulled name (None: `DEFAULT_MODEL`).
 
     Raises:
         StartupError: there is none; says how to get it. Makes no request.
     """
     name = model or DEFAULT_MODEL
-    if model and Path(model).is_dir():
+    if model and (Path(model).is_dir() or (model.endswith(".gguf") and Path(model).is_file())):
         return Path(model)
     target = _cached_folder(name)
     if target is None:
-        raise StartupError(f"no model folder {name!r}; give a Hugging Face folder, or a name that `octavo pull` takes")
+        raise StartupError(
+            f"no model {name!r}; give a Hugging Face folder, a GGUF file, or a name that `octavo pull` takes"
+        )
     if not target.is_dir():
         raise StartupError(f"model {name} is not on this machine; fetch it with `octavo pull {name}`")
     return target

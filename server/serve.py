@@ -31,6 +31,7 @@ from octavo.server.config import GIB, ServerConfig
 from octavo.server.engine.channel import EngineStats
 from octavo.server.engine.client import EngineClient
 from octavo.server.errors import StartupError
+from octavo.server.local_model import load_tokenizer
 from octavo.server.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("octavo")
@@ -134,14 +135,14 @@ class HttpProtocol(HttpToolsProtocol):
 
 
 def run(config: ServerConfig) -> int:
-    """Serves until SIGTERM or SIGINT. `config.model` is a local folder.
+    """Serves until SIGTERM or SIGINT. `config.model` is a local folder or a GGUF file.
 
     Returns the exit status: 0 if every request that was accepted was also finished, 1 if some were cut or the engine
     died. Raises StartupError.
     """
     _log_to_stderr(config.log_level)
     config = replace(config, api_key=load_keys(config))
-    tokenizer = Tokenizer(Path(config.model), config.chat_template)
+    tokenizer = load_tokenizer(Path(config.model), config.chat_template)
     # Nothing loaded so far is ever garbage: keep the collector from walking it.
     gc.collect()
     gc.freeze()

@@ -43,7 +43,7 @@ def test_version() -> None:
 def test_help_names_every_verb_and_flag() -> None:
     top = octavo("--help")
     assert top.returncode == 0
-    assert all(verb in top.stdout for verb in ("serve", "pull", "chat", "bench"))
+    assert all(verb in top.stdout for verb in ("serve", "pull", "quantize", "chat", "bench"))
     serve = octavo("serve", "--help")
     assert serve.returncode == 0 and "example:\n  octavo serve " in serve.stdout
     for f in fields(ServerConfig):
@@ -67,7 +67,10 @@ def test_without_a_command_the_help_is_shown() -> None:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ("serv", "octavo: error: COMMAND: invalid choice: 'serv' (choose from 'serve', 'pull', 'chat', 'bench')"),
+        (
+            "serv",
+            "octavo: error: COMMAND: invalid choice: 'serv' (choose from 'serve', 'pull', 'quantize', 'chat', 'bench')",
+        ),
         ("serve --prot 9", "octavo serve: error: unknown flag --prot; did you mean --port?"),
         ("serve --prot=9", "octavo serve: error: unknown flag --prot; did you mean --port?"),
         ("serve --xyzzy", "octavo serve: error: unknown flag --xyzzy; see octavo serve --help"),

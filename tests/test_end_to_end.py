@@ -518,7 +518,7 @@ def refused(tmp_path: Path, folder: Path, *flags: str, status: int = 1) -> str:
 
 
 def test_a_missing_folder(tmp_path: Path) -> None:
-    assert refused(tmp_path, tmp_path / "none").startswith(f"octavo: error: no model folder '{tmp_path / 'none'}'")
+    assert refused(tmp_path, tmp_path / "none").startswith(f"octavo: error: no model '{tmp_path / 'none'}'")
 
 
 def test_a_folder_without_a_model(tmp_path: Path) -> None:

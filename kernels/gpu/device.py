@@ -17,3 +17,8 @@ def has_float8(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 9)
     return bool(triton.knobs.runtime.interpret or triton.runtime.driver.active.get_current_target().arch >= 89)
+
+
+def register_limit(count: int) -> dict[str, int]:
+    """The option that keeps a thread to so many registers, of which AMD's compiler knows nothing."""
+    return {"maxnreg": count} if torch.version.hip is None else {}

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.backend import device
-from octavo.kernels.gpu.device import num_processors
+from octavo.kernels.gpu.device import num_processors, register_limit
 from octavo.kernels.gpu.variant import Variant
 
 PIECE = 1024  # keys that one program sums up by itself; a multiple of every tile
@@ -189,8 +189,8 @@ def attend_kernel(
             # Slots that no row sees may hold anything, NaN included, which a weight of 0 would not stop.
             key_mask = (keys >= first_key) & (keys < end)
             kv_mask = key_mask[:, None] & (columns < HEAD_SIZE)[None, :]
-            slots = blocks * block_slots + keys % BLOCK_SIZE
-            kv_ptrs = cache_ptr + (slots.to(tl.int64) * HEAD_SIZE)[:, None] + columns[None, :]
+            slots = blocks.to(tl.int64) * block_slots + keys % BLOCK_SIZE
+            kv_ptrs = cache_ptr + (slots * HEAD_SIZE)[:, None] + columns[None, :]
             k = tl.load(kv_ptrs, mask=kv_mask, other=0.0)
             v = tl.load(kv_ptrs + v_distance * HEAD_SIZE, mask=kv_mask, other=0.0)
             blocks = tl.load(block_tables_ptr + (keys + TILE) // BLOCK_SIZE, mask=keys + TILE < end, other=0)
@@ -322,7 +322,7 @@ def _attend_options(config: Config, block_size: int, split: bool, soft_cap: bool
         "TILE": config.tile,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
-        "maxnreg": config.max_registers,
+        **register_limit(config.max_registers),
     }
 
 

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.kernels.gpu.device import register_limit
 from octavo.kernels.gpu.math import exp, log
 from octavo.kernels.gpu.variant import Variant
 from octavo.kernels.sample import NOT_FINITE, ROW
@@ -414,10 +415,8 @@ def logprobs_kernel(out_ptr, logits_ptr, words_ptr, ids_ptr, vocab, max_top, BLO
 
 
 def _options() -> dict[str, Any]:
-    options = {"BLOCK": BLOCK, "num_warps": 8, "enable_fp_fusion": False}
-    if torch.version.hip is None:
-        options["maxnreg"] = 128  # left alone, ptxas spills a few for a second program beside it
-    return options
+    # Left alone, ptxas spills a few registers for a second program beside it.
+    return {"BLOCK": BLOCK, "num_warps": 8, "enable_fp_fusion": False, **register_limit(128)}
 
 
 def scratch_bytes(num_rows: int, vocab: int) -> int:
@@ -452,7 +451,10 @@ def launch(
     if num_rows == 0:
         return np.zeros((0, 2 + 2 * max_top), np.int32)
     words = np.concatenate([rows.view(np.int32), edits.view(np.int32), allowed])
-    on_device = torch.from_numpy(words).to(logits.device, non_blocking=True)
+    on_host = torch.from_numpy(words)
+    if logits.is_cuda:
+        on_host = on_host.pin_memory()  # from where a copy need not wait
+    on_device = on_host.to(logits.device, non_blocking=True)
     out = torch.zeros((num_rows, 2 + 2 * max_top), dtype=torch.int32, device=logits.device)
     edited, ids = scratch(logits.device, num_rows, vocab)
     edits_at = num_rows * ROW.itemsize // 4

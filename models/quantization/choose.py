@@ -10,7 +10,7 @@ from octavo.models.quantization.bitsandbytes import BitsAndBytes
 from octavo.models.quantization.compressed_tensors import CompressedTensors
 from octavo.models.quantization.gguf import Gguf
 from octavo.models.quantization.gptq import Gptq
-from octavo.models.quantization.online import Online
+from octavo.models.quantization.online import Online, common_group_size
 
 # quant_method in config.json -> who reads it
 METHODS = {"bitsandbytes": BitsAndBytes, "awq": Awq, "gptq": Gptq, "compressed-tensors": CompressedTensors}
@@ -31,7 +31,9 @@ def with_quantization(
         if raw is not None or isinstance(checkpoint, GgufCheckpoint):
             method = "GGUF" if raw is None else raw.get("quant_method")
             raise ConfigError(f"--quantization is {wanted}, but {checkpoint.path} is quantised already: {method}")
-        return replace(config, quantization=Online(wanted, checkpoint, quantize_head, config.tie_word_embeddings))
+        size = common_group_size(wanted, config.hidden_size, config.q_size, config.intermediate_size)
+        online = Online(wanted, size, checkpoint, quantize_head, config.tie_word_embeddings)
+        return replace(config, quantization=online)
     if isinstance(checkpoint, GgufCheckpoint):
         return replace(config, quantization=Gguf(checkpoint))
     if raw is None:

@@ -66,6 +66,11 @@ class EngineInfo:
     load_s: float
 
     @property
+    def weight_bytes(self) -> int:
+        """Over all ranks."""
+        return sum(rank.weight_bytes for rank in self.ranks)
+
+    @property
     def kv_cache_bytes(self) -> int:
         """Over all ranks."""
         return sum(rank.kv_cache_bytes for rank in self.ranks)

@@ -124,8 +124,10 @@ class Scheduler:
         """
         num_decodes = sum(choice.num_plannable == 1 for choice in self._running)
         num_waiting = min(len(self._waiting), len(self._free_slots))
-        if num_waiting and self._num_blocks_for(len(next(iter(self._waiting)).token_ids)) > self._pool.num_free:
-            num_waiting = 0
+        if num_waiting:
+            head = next(iter(self._waiting))
+            if not self._fits(head, []) and not self._fits(head, self._match(head)):
+                num_waiting = 0
         return num_decodes, len(self._running) - num_decodes + num_waiting
 
     def add(self, request: GenerationRequest, committed: dict[int, list[int]] | None = None) -> None:
@@ -218,10 +220,8 @@ class Scheduler:
             choice = next(iter(self._waiting))
             if choice.leaving:
                 break
-            # At least the last token is computed: its logits are what the choice waits for.
-            num_reusable = (len(choice.token_ids) - 1) // self._block_size if choice.reads_cache else 0
-            matched = self._cache.match(choice.hashes[:num_reusable])
-            if self._defer(choice, len(matched), num_reusable):
+            matched = self._match(choice)
+            if self._defer(choice, len(matched)):
                 continue
             num = self._admit(plan, choice, matched, budget, now_s)
             if not num:
@@ -315,13 +315,29 @@ class Scheduler:
                 return False
         return True
 
-    def _defer(self, choice: _Choice, num_matched: int, num_reusable: int) -> bool:
+    def _num_reusable(self, choice: _Choice) -> int:
+        """Leading blocks that may come from the cache. The last token is computed: the choice waits for its logits."""
+        return (len(choice.token_ids) - 1) // self._block_size if choice.reads_cache else 0
+
+    def _match(self, choice: _Choice) -> list[int]:
+        """Cached blocks that the choice could begin with."""
+        return self._cache.match(choice.hashes[: self._num_reusable(choice)])
+
+    def _fits(self, choice: _Choice, matched: list[int]) -> bool:
+        """Whether blocks are free for all tokens of a choice that waits, beside `matched`, its cached ones.
+
+        For all, not only for its first chunk: else it might preempt itself in the next step, for ever.
+        """
+        num_free = self._pool.num_free - sum(map(self._pool.is_free, matched))
+        return self._num_blocks_for(len(choice.token_ids)) - len(matched) <= num_free
+
+    def _defer(self, choice: _Choice, num_matched: int) -> bool:
         """Defers the head of the queue if a running choice is computing the block after those that are cached.
 
-        Of the blocks [num_matched, num_reusable) it awaits the last one of those being computed, so that it is woken
-        once, however many there are.
+        Of the reusable blocks behind these it awaits the last one of those being computed, so that it is woken once,
+        however many there are.
         """
-        num = num_matched
+        num, num_reusable = num_matched, self._num_reusable(choice)
         while num < num_reusable and choice.hashes[num] in self._computing:
             num += 1
         if num == num_matched:
@@ -338,9 +354,7 @@ class Scheduler:
         """
         start = len(matched) * self._block_size
         num = min(len(choice.token_ids) - start, budget)
-        num_free = self._pool.num_free - sum(map(self._pool.is_free, matched))
-        # Room for all its tokens, not only the first chunk: else it might preempt itself in the next step, for ever.
-        if self._num_blocks_for(len(choice.token_ids)) - len(matched) > num_free:
+        if not self._fits(choice, matched):
             return 0
         for block in matched:
             self._pool.share(block)

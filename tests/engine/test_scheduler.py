@@ -274,6 +274,21 @@ def test_those_who_wait_for_blocks_are_no_prefills() -> None:
     assert scheduler.num_decodes_and_prefills() == (2, 0)
 
 
+def test_who_waits_for_no_more_than_cached_blocks_is_a_prefill() -> None:
+    scheduler = make(num_blocks=10, max_model_len=40, max_num_batched_tokens=64)
+    scheduler.add(request("a", prompt := list(range(20))))
+    step(scheduler)
+    scheduler.add(request("b", [*prompt, *range(100, 112)]))  # 8 blocks, of which a holds 5, which leaves 5
+    assert scheduler.num_decodes_and_prefills() == (1, 1)
+    scheduler.abort("a")
+    scheduler.add(request("c", 1))
+    assert scheduler.num_decodes_and_prefills() == (0, 2)
+    step(scheduler)
+    scheduler.add(request("d", [*range(4), *range(200, 212)]))  # 4 blocks, of which b holds one, which leaves 1
+    assert scheduler.num_decodes_and_prefills() == (2, 0)
+    assert len(step(scheduler)[0].slots) == 2
+
+
 def test_a_limited_prefill_leaves_the_budget_to_decodes_behind_it() -> None:
     scheduler = make(max_num_batched_tokens=8)
     scheduler.add(request("a", 20))

@@ -93,6 +93,12 @@ def test_every_op_has_variants_with_names_of_their_own() -> None:
         assert names and len(names) == len(set(names)), op
 
 
+def test_the_compiler_of_amd_is_told_what_it_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert any("maxnreg" in variant.options for module in ops().values() for variant in module.variants())
+    monkeypatch.setattr(torch.version, "hip", "7.1")
+    assert not any("maxnreg" in variant.options for module in ops().values() for variant in module.variants())
+
+
 def test_thinning_keeps_every_pair() -> None:
     kernel = ops()["embedding"].embedding_kernel
     full = [

@@ -4,10 +4,14 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import TINY
 
+from octavo.kernels import backend
 from octavo.kernels.backend import device
 from octavo.kernels.gpu import paged_attention as gpu
 from octavo.kernels.gpu.paged_attention import partial_bytes
+from octavo.models.config import parse_config
+from octavo.models.memory import LOGITS_ROWS, workspace_bytes
 
 
 class Launches:
@@ -46,3 +50,14 @@ def test_partial_results_of_attention(dtype: torch.dtype, num_kv_heads: int, mon
     bound = partial_bytes(dtype, 1000, num_heads, head_size, max_context_len)
     assert bound / 2 <= max(found) <= bound
     assert partial_bytes(dtype, 1000, num_heads, head_size, 1024) == 0
+
+
+def test_what_products_of_the_vendor_allocate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gate and up of every token, in graphs and beside them, and rounded logits, which no graph computes."""
+    config = parse_config(TINY | {"architectures": ["LlamaForCausalLM"]})
+    planned = {}
+    for exact in (True, False):
+        monkeypatch.setattr(backend, "_exact", exact)
+        planned[exact] = workspace_bytes(config, 100, 5000, torch.bfloat16)
+    gates, logits = 2 * 100 * 2 * config.intermediate_size, LOGITS_ROWS * config.vocab_size
+    assert planned[False] - planned[True] == 2 * (gates + logits)

@@ -1,5 +1,6 @@
 """paged_attention against float64 over awkward lengths, with poison in everything that must not be read."""
 
+import mmap
 from collections.abc import Callable
 from typing import Any
 
@@ -314,6 +315,35 @@ def test_rows_and_blocks_far_apart(far_apart: Callable[[torch.Tensor], torch.Ten
     far[num_blocks:], case.cache = case.cache, far  # most of it is never touched
     case.tables += num_blocks
     check_same(case.run(), want)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="takes more memory than a GPU may have")
+def test_slots_past_2_to_the_31() -> None:
+    case = Case([(1, 3), (1, 70)], 2, 1, 16, 64, BF16, INT8)
+    assert case.scales is not None
+    want = case.run()
+    num_blocks = 2**31 // case.scales[0].numel()
+    case.cache, case.scales = behind(num_blocks, case.cache), behind(num_blocks, case.scales)
+    case.tables += num_blocks
+    check_same(case.run(), want)
+
+
+def behind(num_blocks: int, last: torch.Tensor) -> torch.Tensor:
+    """So many blocks that take no memory, then these."""
+    size = (num_blocks + len(last)) * last[0].nbytes
+    reserved = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)  # MAP_NORESERVE
+    blocks = torch.frombuffer(reserved, dtype=last.dtype).view(-1, *last.shape[1:])
+    blocks[num_blocks:] = last
+    return blocks
+
+
+def test_what_lies_before_every_window_is_not_read() -> None:
+    case, window = Case([(1, 200), (5, 130)]), 40
+    want = case.run(window=window)
+    for sequence, (new, context) in enumerate(case.lengths):
+        at = torch.arange(context - new - window + 1)
+        case.cache[case.tables[sequence, at // 16].long(), :, :, at % 16] = float("nan")
+    check_same(case.run(window=window), want)
 
 
 def test_large_scores_do_not_overflow() -> None:

@@ -2,10 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from octavo.kernels import backend
 from octavo.kernels.cpu.library import set_num_threads
 from octavo.kernels.embedding import embedding
 from octavo.kernels.matmul import PackedWeight, empty_packed, gated_matmul, matmul, packed_bytes
@@ -39,6 +42,29 @@ def test_product(m: int, n: int, k: int, dtype: torch.dtype, tolerance: float) -
         torch.testing.assert_close(out.double(), want, atol=tolerance * scale, rtol=tolerance)
     wide = matmul(x, weight, out_dtype=torch.float32)
     torch.testing.assert_close(wide.double(), exact, atol=1e-5 * scale, rtol=1e-5)
+
+
+class Allocations(TorchDispatchMode):
+    """Notes the device and the type of every tensor that comes about meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: set[tuple[str, torch.dtype]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.seen.add((result.device.type, result.dtype))
+        return result
+
+
+def test_tensors_of_a_checkpoint_are_converted_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else they would take memory on a GPU that nobody has planned, and that torch keeps."""
+    monkeypatch.setattr(backend, "_kernels", "torch")
+    monkeypatch.setattr(backend, "_device", torch.device("meta"))
+    weight, rows = empty_packed(32, 8, torch.bfloat16), torch.randn(16, 10)[:, :8]
+    with Allocations() as allocations:
+        weight.write_rows(16, rows)
+    assert ("meta", torch.bfloat16) in allocations.seen and ("meta", torch.float32) not in allocations.seen
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)

@@ -1,0 +1,546 @@
+"""Quantised checkpoints: each format against its own library's or a float64 account of its packing; what is refused."""
+
+import struct
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from octavo.models.checkpoint import CheckpointError, SafetensorsCheckpoint, open_checkpoint
+from octavo.models.config import ConfigError, ModelConfig, RopeConfig, read_config
+from octavo.models.gguf import checkpoint_name
+from octavo.models.layers import rotary_table
+from octavo.models.quantization import online
+from octavo.models.quantization.base import Quantization, QuantizedRows
+from octavo.models.quantization.bitsandbytes import NF4
+from octavo.models.quantization.choose import with_quantization
+
+DATA = Path(__file__).parent.parent / "data" / "quantized"
+NAME = "model.layers.0.mlp.down_proj"
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+PACK = torch.tensor([1 << 4 * place for place in range(8)])  # eight codes to an int32
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False, "desc_act": False}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
+BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+
+
+def compressed(**weights: Any) -> dict[str, Any]:
+    scheme = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True, **weights}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": scheme}},
+        "ignore": ["lm_head"],
+        "quantization_status": "compressed",
+    }
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def to_int32(codes: Tensor) -> Tensor:
+    """[rows, 8 words] codes below 16 -> [rows, words] int32, the first in the lowest bits."""
+    words = (codes.long().unflatten(1, (-1, 8)) * PACK).sum(2)
+    return torch.where(words < 1 << 31, words, words - (1 << 32)).int()
+
+
+def quantization(folder: Path, raw: dict[str, Any], tensors: dict[str, Tensor]) -> Quantization:
+    """That of a checkpoint of these tensors, which need not be a whole model's."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    config = replace(CONFIG, quantization_config=raw)
+    return with_quantization(config, SafetensorsCheckpoint(folder)).quantization
+
+
+def read(found: Quantization, folder: Path, n: int, k: int) -> QuantizedRows:
+    """The rows of the module NAME, whose tensors must be as they are announced."""
+    checkpoint = SafetensorsCheckpoint(folder)
+    specs = found.tensors(NAME, n, k)
+    for name, spec in specs.items():
+        spec.check(checkpoint.tensors[name])
+    rows = found.read(NAME, n, k, {name: checkpoint.read(name) for name in specs})
+    assert isinstance(rows, QuantizedRows) and rows.format == found.format(NAME, n, k)
+    return rows
+
+
+CONFIG = ModelConfig(
+    architecture="LlamaForCausalLM",
+    dtype="float32",
+    vocab_size=320,
+    hidden_size=96,
+    intermediate_size=160,
+    num_layers=1,
+    num_heads=6,
+    num_kv_heads=2,
+    head_size=32,
+    rms_norm_eps=1e-5,
+    max_position=512,
+    tie_word_embeddings=False,
+    qkv_bias=False,
+    output_bias=False,
+    mlp_bias=False,
+    qk_norm=False,
+    windows=(0,),
+    rope=None,  # type: ignore[arg-type]
+)
+
+
+# bitsandbytes
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize(("n", "k", "block_size"), [(48, 192, 64), (80, 96, 64), (16, 144, 128), (320, 64, 64)])
+def test_bitsandbytes_weights_are_its_own(
+    n: int, k: int, block_size: int, kind: str, nested: bool, storage: torch.dtype, tmp_path: Path
+) -> None:
+    """Blocks of 64 span rows of 96 and of 144, which its CPU kernel mistakes (0.50), so there its parts are used."""
+    import bitsandbytes.functional as bnb
+
+    for dtype in DTYPES:
+        weight = torch.randn((n, k), generator=generator(n)).to(dtype)
+        packed, state = bnb.quantize_4bit(weight, None, None, block_size, nested, kind, storage)
+        stored = {f"{NAME}.weight.{name}": part for name, part in state.as_dict(packed=True).items()}
+        config = {**BNB, "bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": nested}
+        found = quantization(tmp_path, config, {f"{NAME}.weight": packed, **stored})
+        if k % block_size == 0:
+            want = bnb.dequantize_4bit(packed, state)
+        else:
+            absmax = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset if nested else state.absmax
+            codes = torch.stack((packed.view(torch.uint8) >> 4, packed.view(torch.uint8) & 15), dim=2).flatten()
+            want = (state.code[codes.long()].view(-1, block_size) * absmax[:, None]).view(n, k).to(dtype)
+        assert torch.equal(read(found, tmp_path, n, k).dequantize(dtype), want)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantising_to_nf4_and_fp4_is_bitsandbytes(kind: str, dtype: torch.dtype) -> None:
+    import bitsandbytes.functional as bnb
+
+    weight = torch.randn((64, 256), generator=generator()).to(dtype)
+    weight[3, 64:128] = 0.0
+    packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type=kind)
+    rows = online.quantize(weight, online.form(kind, 64, "BF16"))
+    assert torch.equal(rows.scales.flatten(), state.absmax)
+    assert torch.equal(rows.dequantize(dtype), bnb.dequantize_4bit(packed, state))
+
+
+# Formats of whole numbers: a float64 account of the published packing
+
+
+def int4_weight(n: int, groups: int, k: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Random codes [n, k], scales and zero points [n, groups]."""
+    g = generator(n + groups)
+    codes = torch.randint(0, 16, (n, k), generator=g)
+    zeros = torch.randint(0, 16, (n, groups), generator=g)
+    return codes, (torch.rand((n, groups), generator=g) * 0.1 + 0.01).to(scale_dtype), zeros
+
+
+def exact(codes: Tensor, scales: Tensor, zeros: Tensor, group: Tensor, dtype: torch.dtype) -> Tensor:
+    """(code - zero point) * scale in float64, rounded once; group: [k] of each input."""
+    return ((codes - zeros[:, group]).double() * scales.double()[:, group]).to(dtype)
+
+
+def in_order(k: int, size: int) -> Tensor:
+    return torch.arange(k) // size
+
+
+def unsorted(found: Quantization, rows: QuantizedRows, dtype: torch.dtype) -> Tensor:
+    """The rows with their columns back in the checkpoint's order."""
+    values, order = rows.dequantize(dtype), found.order(NAME)
+    return values if order is None else torch.empty_like(values).index_copy_(1, order, values)
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [32, 128, -1])
+def test_awq(size: int, scale_dtype: torch.dtype, tmp_path: Path) -> None:
+    n, k = 64, 256
+    group_size = k if size == -1 else size
+    codes, scales, zeros = int4_weight(n, k // group_size, k, scale_dtype)
+    # Four bits from the lowest up hold the outputs 0, 2, 4, 6, 1, 3, 5, 7 of eight.
+    places = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
+    tensors = {
+        f"{NAME}.qweight": to_int32(codes.T.unflatten(1, (-1, 8))[:, :, places].flatten(1)),
+        f"{NAME}.qzeros": to_int32(zeros.T.unflatten(1, (-1, 8))[:, :, places].flatten(1)),
+        f"{NAME}.scales": scales.T,
+    }
+    found = quantization(tmp_path, {**AWQ, "group_size": size}, tensors)
+    rows = read(found, tmp_path, n, k)
+    assert rows.format.scale_dtype == scale_dtype
+    for dtype in DTYPES:
+        assert torch.equal(rows.dequantize(dtype), exact(codes, scales, zeros, in_order(k, group_size), dtype))
+
+
+def gptq_tensors(codes: Tensor, scales: Tensor, zeros: Tensor, group: Tensor, version: int) -> dict[str, Tensor]:
+    packed_zeros = to_int32(zeros.T)
+    return {
+        f"{NAME}.qweight": to_int32(codes).T,
+        f"{NAME}.qzeros": packed_zeros - 0x11111111 if version == 1 else packed_zeros,
+        f"{NAME}.scales": scales.T,
+        f"{NAME}.g_idx": group.int(),
+    }
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("order", ["sorted", "by activation"])
+@pytest.mark.parametrize(("k", "size"), [(256, 32), (256, 128), (96, 64), (64, -1)])
+def test_gptq(k: int, size: int, order: str, version: int, tmp_path: Path) -> None:
+    """Zero points of 0 are stored as 15 by version 1, with a borrow from the next; groups of 64 do not divide 96."""
+    n, group_size = 64, k if size == -1 else size
+    codes, scales, zeros = int4_weight(n, -(-k // group_size), k, torch.float16)
+    group = in_order(k, group_size)
+    if order != "sorted":
+        group = group[torch.randperm(k, generator=generator())]
+    config = {**GPTQ, "group_size": size, "desc_act": order != "sorted"}
+    config["checkpoint_format"] = "gptq" if version == 1 else "gptq_v2"
+    found = quantization(tmp_path, config, gptq_tensors(codes, scales, zeros, group, version))
+    rows = read(found, tmp_path, n, k)
+    assert (found.order(NAME) is not None) == (order != "sorted" and size != -1) == found.has_orders
+    for dtype in DTYPES:
+        assert torch.equal(unsorted(found, rows, dtype), exact(codes, scales, zeros, group, dtype))
+
+
+def test_symmetric_gptq_has_no_zero_points(tmp_path: Path) -> None:
+    codes, scales, zeros = int4_weight(32, 4, 128, torch.float16)
+    zeros.fill_(8)
+    tensors = gptq_tensors(codes, scales, zeros, in_order(128, 32), 1)
+    found = quantization(tmp_path, {**GPTQ, "sym": True}, tensors)
+    rows = read(found, tmp_path, 32, 128)
+    assert rows.shifts is None
+    assert torch.equal(rows.dequantize(torch.bfloat16), exact(codes, scales, zeros, in_order(128, 32), torch.bfloat16))
+    zeros[5, 1] = 7
+    quantization(tmp_path, {**GPTQ, "sym": True}, gptq_tensors(codes, scales, zeros, in_order(128, 32), 1))
+    with pytest.raises(CheckpointError, match=rf"model.safetensors: tensor {NAME}.qzeros has other zero points than 8"):
+        read(found, tmp_path, 32, 128)
+
+
+@pytest.mark.parametrize("zeros_dtype", [torch.int32, torch.int8])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("strategy", ["group", "channel"])
+@pytest.mark.parametrize("ordered", [False, True])
+def test_compressed_tensors(
+    strategy: str, symmetric: bool, zeros_dtype: torch.dtype, ordered: bool, tmp_path: Path
+) -> None:
+    n, k = 64, 128
+    group_size = 32 if strategy == "group" else k
+    codes, scales, zeros = int4_weight(n, k // group_size, k, torch.bfloat16)
+    group = in_order(k, group_size)
+    if symmetric:
+        zeros.fill_(8)
+    tensors = {
+        f"{NAME}.weight_packed": to_int32(codes),
+        f"{NAME}.weight_scale": scales,
+        f"{NAME}.weight_shape": torch.tensor([n, k]),
+    }
+    if ordered:
+        group = group[torch.randperm(k, generator=generator())]
+        tensors[f"{NAME}.weight_g_idx"] = group.int()
+    if not symmetric:
+        packed = to_int32(zeros.T).T if zeros_dtype == torch.int32 else (zeros - 8).to(torch.int8)
+        tensors[f"{NAME}.weight_zero_point"] = packed
+    weights = {"strategy": strategy, "symmetric": symmetric, "group_size": 32 if strategy == "group" else None}
+    found = quantization(tmp_path, compressed(**weights), tensors)
+    rows = read(found, tmp_path, n, k)
+    for dtype in DTYPES:
+        assert torch.equal(unsorted(found, rows, dtype), exact(codes, scales, zeros, group, dtype))
+
+
+def test_a_part_of_rows_is_that_part_of_the_weight() -> None:
+    rows = online.quantize(torch.randn((32, 256), generator=generator()), online.form("int4", 32, "BF16"))
+    part = rows.part(slice(8, 24), slice(64, 192))
+    assert torch.equal(part.dequantize(torch.float32), rows.dequantize(torch.float32)[8:24, 64:192])
+
+
+FILES = {
+    "awq": AWQ,
+    "gptq_v1_sorted": {**GPTQ, "checkpoint_format": "gptq"},
+    "gptq_v1_ordered": {**GPTQ, "checkpoint_format": "gptq", "desc_act": True},
+    "gptq_v2_sorted": {**GPTQ, "checkpoint_format": "gptq_v2"},
+    "gptq_v2_ordered": {**GPTQ, "checkpoint_format": "gptq_v2", "desc_act": True},
+    "compressed_tensors_symmetric": compressed(),
+    "compressed_tensors_asymmetric": compressed(symmetric=False),
+}
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_files_of_the_formats_own_libraries(file: str, tmp_path: Path) -> None:
+    """Packed, and dequantised as `expected`, by AutoAWQ 0.2.9, GPTQModel 7.7.0 and compressed-tensors 0.20.0."""
+    tensors = load_file(DATA / f"{file}.safetensors")
+    want = tensors.pop("expected")
+    found = quantization(tmp_path, FILES[file], {f"{NAME}.{name}": tensor for name, tensor in tensors.items()})
+    rows = read(found, tmp_path, *want.shape)
+    assert torch.equal(unsorted(found, rows, want.dtype), want)
+
+
+# GGUF
+
+
+def write_gguf(path: Path, tensors: dict[str, tuple[np.ndarray, str]], **metadata: Any) -> None:
+    """By the format's own package. tensors: name -> (values, type they are quantised to)."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, value in {**GGUF_KEYS, **metadata}.items():
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
+        else:
+            writer.add_uint32(key, value)
+    for name, (values, kind) in tensors.items():
+        number = gguf.GGMLQuantizationType[kind]
+        data = values if values.dtype == np.uint8 else gguf.quants.quantize(values, number)
+        writer.add_tensor(name, data, raw_dtype=number)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+GGUF_KEYS: dict[str, Any] = {
+    "llama.block_count": 1,
+    "llama.context_length": 512,
+    "llama.embedding_length": 256,
+    "llama.feed_forward_length": 256,
+    "llama.attention.head_count": 4,
+    "llama.attention.head_count_kv": 2,
+    "llama.attention.layer_norm_rms_epsilon": 1e-5,
+}
+GGUF_SHAPES = {"attn_q": 256, "attn_k": 128, "attn_v": 128, "attn_output": 256}
+GGUF_SHAPES |= {"ffn_gate": 256, "ffn_up": 256, "ffn_down": 256}
+
+
+def random_gguf(path: Path, kind: str, **metadata: Any) -> None:
+    """A model of one layer, its matrices of this type."""
+    import gguf
+
+    draw = np.random.default_rng(0)
+
+    def matrix(n: int) -> np.ndarray:
+        if kind != "Q6_K":  # which the package reads, and does not write
+            return draw.standard_normal((n, 256), np.float32) * 0.1
+        size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType.Q6_K][1]
+        data = draw.integers(0, 256, (n, size), np.uint8)
+        data[:, -2:] = np.frombuffer(np.float16(1e-4).tobytes(), np.uint8)
+        return data
+
+    tensors = {f"blk.0.{name}.weight": (matrix(n), kind) for name, n in GGUF_SHAPES.items()}
+    tensors |= {"token_embd.weight": (matrix(320), kind)}
+    for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
+        tensors[f"{name}.weight"] = (1 + 0.1 * draw.standard_normal(256, np.float32), "F32")
+    write_gguf(path, tensors, **metadata)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "Q6_K", "F16", "BF16", "F32"])
+def test_gguf_tensors_are_those_of_its_own_package(kind: str, tmp_path: Path) -> None:
+    import gguf
+
+    random_gguf(tmp_path / "model.gguf", kind)
+    config = read_config(tmp_path / "model.gguf")
+    checkpoint = open_checkpoint(tmp_path / "model.gguf", config)
+    found = with_quantization(config, checkpoint).quantization
+    expected = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    for name, n in GGUF_SHAPES.items():
+        module = checkpoint_name(f"blk.0.{name}.weight")
+        assert module is not None
+        tensor = expected[f"blk.0.{name}.weight"]
+        want = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy()).view(n, 256)
+        if name in ("attn_q", "attn_k"):  # neighbours are rotated there, halves here
+            want = want.view(-1, 32, 2, 256).transpose(1, 2).reshape(n, 256)
+        values = found.read(module.removesuffix(".weight"), n, 256, {module: checkpoint.read(module)})
+        if isinstance(values, QuantizedRows):
+            values = values.dequantize(torch.float32)
+        assert torch.equal(values.float(), want)
+
+
+def test_a_gguf_file_says_what_the_model_is(tmp_path: Path) -> None:
+    random_gguf(tmp_path / "model.gguf", "Q4_0", **{"llama.rope.freq_base": 5e5, "llama.rope.scaling.type": "linear"})
+    with pytest.raises(ConfigError, match="model.gguf: llama.rope.scaling.factor is None"):
+        read_config(tmp_path / "model.gguf")
+    random_gguf(tmp_path / "model.gguf", "Q4_0", **{"llama.rope.freq_base": 5e5})
+    config = read_config(tmp_path / "model.gguf")
+    assert (config.num_heads, config.num_kv_heads, config.head_size, config.vocab_size) == (4, 2, 64, 320)
+    assert config.tie_word_embeddings and config.rope.theta == 5e5 and config.max_position == 512
+    random_gguf(tmp_path / "model.gguf", "Q4_0", **{"llama.expert_count": 8})
+    with pytest.raises(ConfigError, match="model.gguf: llama.expert_count: mixtures of experts"):
+        read_config(tmp_path / "model.gguf")
+
+
+def test_rope_factors_of_a_gguf_file(tmp_path: Path) -> None:
+    """Files of Llama 3 have the wavelengths' factors worked out, as a tensor."""
+    rope = RopeConfig(1e4, "llama3", 8.0, 1.0, 4.0, 64)
+    table = rotary_table(rope, 64, 300)
+    plain = 1.0 / 1e4 ** (torch.arange(0, 64, 2).float() / 64)
+    stretched = torch.atan2(table[1, 32:], table[1, :32])
+    write_gguf(
+        tmp_path / "model.gguf",
+        {
+            "token_embd.weight": (np.zeros((320, 256), np.float32), "F32"),
+            "rope_freqs.weight": ((plain / stretched).numpy(), "F32"),
+        },
+    )
+    found = read_config(tmp_path / "model.gguf").rope
+    assert found.kind == "factors"
+    assert torch.allclose(rotary_table(found, 64, 300), table, atol=1e-4)
+
+
+def test_a_type_that_is_not_supported_is_refused_by_name(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "model.gguf", {"token_embd.weight": (np.zeros((320, 176), np.uint8), "Q5_K")})
+    with pytest.raises(ConfigError, match="model.gguf: tensor token_embd.weight has type Q5_K, which is not supported"):
+        read_config(tmp_path / "model.gguf")
+
+
+def test_a_gguf_file_that_is_cut_off_anywhere_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    random_gguf(path, "Q4_1", **{"tokenizer.ggml.tokens": ["a", "b"]})
+    whole = path.read_bytes()
+    for keep in [*range(0, 2000, 37), len(whole) // 2, len(whole) - 1]:
+        path.write_bytes(whole[:keep])
+        with pytest.raises(ConfigError, match=r"model.gguf: .*(not a whole GGUF file|cannot be read)"):
+            read_config(path)
+
+
+def test_a_gguf_header_that_lies_is_refused(tmp_path: Path) -> None:
+    """Every 4 bytes of a small file's header replaced by large numbers: an error that names the file, or no harm."""
+    path = tmp_path / "model.gguf"
+    write_gguf(path, {"token_embd.weight": (np.zeros((320, 256), np.float32), "Q4_0")}, **{"x": ["a", "b"]})
+    whole = path.read_bytes()
+    num_refused = 0
+    for at in range(0, 700):
+        for value in (0xFFFFFFFF, 0x7FFFFFFF, 9):
+            path.write_bytes(whole[:at] + struct.pack("<I", value) + whole[at + 4 :])
+            try:
+                config = read_config(path)
+                open_checkpoint(path, config).read("model.embed_tokens.weight")
+            except (ConfigError, CheckpointError) as error:
+                assert "model.gguf" in str(error) and "\n" not in str(error)
+                num_refused += 1
+            except KeyError as error:  # the name itself was changed: the loader would call the tensor missing
+                assert "embed_tokens" in str(error)
+    assert num_refused > 500
+
+
+# What is not supported is refused by name, before anything is loaded
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        ({"quant_method": "hqq"}, "quantization 'hqq' is not supported; supported: bitsandbytes, awq"),
+        ({}, "quantization None is not supported"),
+        ({**BNB, "load_in_8bit": True, "load_in_4bit": False}, "load_in_8bit is True"),
+        ({**BNB, "load_in_4bit": False}, "load_in_4bit is False"),
+        ({**BNB, "bnb_4bit_quant_type": "af4"}, "bnb_4bit_quant_type is 'af4', which is not supported; .* nf4, fp4"),
+        ({**AWQ, "version": "gemv"}, "version is 'gemv', which is not supported; supported: gemm"),
+        ({**AWQ, "bits": 8}, "bits is 8"),
+        ({**AWQ, "zero_point": False}, "zero_point is False"),
+        ({**GPTQ, "bits": 3}, "bits is 3, which is not supported; supported: 4"),
+        ({**GPTQ, "bits": True}, "bits is True"),
+        ({**GPTQ, "group_size": 8}, "group_size is 8, expected -1 or a multiple of 16"),
+        ({**GPTQ, "group_size": "x"}, "group_size is 'x'"),
+        ({**GPTQ, "checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'"),
+        ({**GPTQ, "pack_dtype": "int16"}, "pack_dtype is 'int16'"),
+        ({**GPTQ, "dynamic": {"+:.*down.*": {"bits": 8}}}, "dynamic"),
+        ({**compressed(), "format": "float-quantized"}, "format is 'float-quantized'"),
+        ({**compressed(), "quantization_status": "frozen"}, "quantization_status is 'frozen'"),
+        ({**compressed(), "kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
+        (compressed(num_bits=8), r"config_groups.group_0.weights.num_bits is 8"),
+        (compressed(type="float"), r"config_groups.group_0.weights.type is 'float'"),
+        (compressed(strategy="block"), r"weights.strategy is 'block'"),
+        ({**compressed(), "config_groups": []}, "config_groups: expected an object"),
+    ],
+)
+def test_settings_that_are_not_supported(raw: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        quantization(tmp_path, raw, {"x": torch.zeros(1)})
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_quantised_activations_and_mixed_schemes_are_refused(tmp_path: Path) -> None:
+    raw = compressed()
+    raw["config_groups"]["group_0"]["input_activations"] = {"num_bits": 8}
+    with pytest.raises(ConfigError, match="config_groups.group_0.input_activations"):
+        quantization(tmp_path, raw, {"x": torch.zeros(1)})
+    raw = compressed()
+    raw["config_groups"]["group_1"] = compressed(group_size=64)["config_groups"]["group_0"]
+    with pytest.raises(ConfigError, match="config_groups: groups that differ"):
+        quantization(tmp_path, raw, {"x": torch.zeros(1)})
+
+
+# Files that contradict themselves
+
+
+def broken(change: Callable[[dict[str, Tensor]], object]) -> dict[str, Tensor]:
+    tensors = gptq_tensors(*int4_weight(64, 8, 256, torch.float16), in_order(256, 32), 2)
+    change(tensors)
+    return tensors
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("qweight", torch.zeros((16, 64), dtype=torch.int32), r"has shape \(16, 64\), expected \(32, 64\)"),
+        ("qweight", torch.zeros((32, 64)), "has dtype F32, expected I32"),
+        ("scales", torch.zeros((7, 64)), r"has shape \(7, 64\), expected \(8, 64\)"),
+        ("g_idx", torch.zeros(256, dtype=torch.int32), "expected 8 groups of 32"),
+        ("g_idx", torch.arange(256).int() // 32 - 1, "expected 8 groups of 32"),
+        ("g_idx", torch.zeros((2, 2)), "has shape"),
+    ],
+)
+def test_inconsistent_gptq_tensors(name: str, value: Tensor, words: str, tmp_path: Path) -> None:
+    tensors = broken(lambda tensors: tensors.update({f"{NAME}.{name}": value}))
+    with pytest.raises(CheckpointError, match=rf"model.safetensors: tensor {NAME}.{name}:? .*{words}"):
+        read(quantization(tmp_path, {**GPTQ, "checkpoint_format": "gptq_v2"}, tensors), tmp_path, 64, 256)
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        (b"\xff", "expected JSON with quant_type, blocksize and shape"),
+        (b"[]", "expected JSON with quant_type"),
+        (b'{"quant_type": "nf4", "blocksize": 48, "shape": [48, 192]}', "in blocks of 48 is not supported"),
+        (b'{"quant_type": "fp4", "blocksize": 64, "shape": [48, 192]}', "quant_type 'fp4'"),
+        (
+            b'{"quant_type": "nf4", "blocksize": 64, "shape": [192, 48]}',
+            r"says shape \[192, 48\], expected \[48, 192\]",
+        ),
+    ],
+)
+def test_inconsistent_bitsandbytes_state(state: bytes, words: str, tmp_path: Path) -> None:
+    tensors = {
+        f"{NAME}.weight": torch.zeros((48 * 96, 1), dtype=torch.uint8),
+        f"{NAME}.weight.absmax": torch.zeros(144),
+        f"{NAME}.weight.quant_map": torch.tensor(NF4),
+        f"{NAME}.weight.quant_state.bitsandbytes__nf4": torch.tensor(list(state), dtype=torch.uint8),
+    }
+    found = quantization(tmp_path, BNB, tensors)
+    with pytest.raises(CheckpointError, match=f"model.safetensors: tensor {NAME}.weight.quant_state.*{words}"):
+        read(found, tmp_path, 48, 192)
+
+
+def test_another_table_is_refused(tmp_path: Path) -> None:
+    state = b'{"quant_type": "nf4", "blocksize": 64, "shape": [48, 192]}'
+    tensors = {
+        f"{NAME}.weight": torch.zeros((48 * 96, 1), dtype=torch.uint8),
+        f"{NAME}.weight.absmax": torch.zeros(144),
+        f"{NAME}.weight.quant_map": torch.tensor(NF4).flip(0),
+        f"{NAME}.weight.quant_state.bitsandbytes__nf4": torch.tensor(list(state), dtype=torch.uint8),
+    }
+    with pytest.raises(CheckpointError, match=f"{NAME}.weight.quant_map is another table"):
+        read(quantization(tmp_path, BNB, tensors), tmp_path, 48, 192)
+
+
+def test_compressed_tensors_of_another_shape(tmp_path: Path) -> None:
+    tensors = {f"{NAME}.weight_packed": torch.zeros((64, 16), dtype=torch.int32)}
+    tensors |= {f"{NAME}.weight_scale": torch.zeros((64, 4)), f"{NAME}.weight_shape": torch.tensor([128, 64])}
+    with pytest.raises(CheckpointError, match=rf"{NAME}.weight_shape says \[128, 64\], expected \[64, 128\]"):
+        read(quantization(tmp_path, compressed(), tensors), tmp_path, 64, 128)
