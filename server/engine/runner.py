@@ -6,6 +6,8 @@ It lies on the host; on a GPU a step's inputs are copied there at once, the forw
 needs is prepared while it runs.
 """
 
+import time
+
 import numpy as np
 import torch
 
@@ -259,9 +261,10 @@ class Runner:
         else:
             result.failed.append(index)
 
-    def warm_up(self, num_tokens: int) -> None:
+    def warm_up(self, num_tokens: int) -> float:
         """Touch what a step uses: one prefill of `num_tokens` tokens and one decode, on blocks that nobody owns yet.
 
+        Returns the seconds that the prefill took.
         On a GPU every kernel is compiled before, and graphs are captured after.
         """
         if device().type == "cuda":
@@ -269,12 +272,15 @@ class Runner:
         num_tokens = min(num_tokens, self._tokens.shape[1] - 1)
         choice = NewChoice(0, 0, [0] * num_tokens, num_tokens, SamplingParams(max_tokens=2, temperature=0.0), False)
         blocks = list(range(-(-(num_tokens + 1) // self._block_size)))
+        begin_s = time.monotonic()
         self.execute(StepPlan(0, 0, [choice], [(0, blocks)], [0], [0], [num_tokens], [True]))
+        prefill_s = time.monotonic() - begin_s
         self.execute(StepPlan(0, 0, [], [], [0], [num_tokens], [1], [True]))
         if self._use_graphs:
             self._inputs.pad_decodes(0, self._decode_sizes[-1])
             self._inputs.copy_to_device(self._decode_sizes[-1])
             self._graphs = Graphs(lambda size: self._launch(size, size, 1, self._tokens.shape[1]), self._decode_sizes)
+        return prefill_s
 
     def compile_kernels(self) -> None:
         """Launch each of Triton's kernels in every form that a step may need, so that none is compiled meanwhile.

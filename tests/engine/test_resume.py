@@ -104,8 +104,9 @@ def run(engine: Engine, cuts: set[int]) -> Outputs:
         step += 1
         if step in cuts:
             fresh(engine)
-            for unfinished in journal.unfinished():
-                engine.add(*unfinished)
+            for entry in journal.entries.values():
+                if entry.open_choices:
+                    engine.add(entry.request, entry.unfinished())
     engine.scheduler.check()
     assert not any(entry.open_choices for entry in journal.entries.values())
     return outputs
