@@ -7,6 +7,7 @@ needs is prepared while it runs.
 """
 
 import time
+import traceback
 
 import numpy as np
 import torch
@@ -179,7 +180,8 @@ class Runner:
         """The next token of each plan index in `indices`; lens: tokens of every plan index after this step."""
         rows = self._rows[slots[indices]]
         rows["total_len"] = lens[indices]
-        edits, allowed = self._edits(rows)
+        edits, allowed, broken = self._edits(rows)
+        result.failed += indices[broken].tolist()
         for begin in range(0, len(rows), LOGITS_ROWS):
             part = rows[begin : begin + LOGITS_ROWS]
             out = self._sample_rows(hidden[begin:], part, edits, allowed)
@@ -208,22 +210,29 @@ class Runner:
         self._ranks.broadcast(told)
         return told.cpu().numpy()
 
-    def _edits(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What is added to logits, and the sets of allowed ids, of those rows that have such options."""
+    def _edits(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[int]]:
+        """What is added to logits, and the sets of allowed ids, of those rows that have such options.
+
+        Also the rows for which that failed: whatever their tokens are, they are not what was asked for.
+        """
         edits: list[tuple[int, float]] = []
         allowed: list[int] = []
+        broken: list[int] = []
         if self._special:
-            for row in rows:
+            for index, row in enumerate(rows):
                 if (slot := int(row["slot"])) in self._special:
                     params = self._params[slot]
                     assert params is not None
                     row["edits_begin"], row["allowed_begin"] = len(edits), len(allowed)
-                    edits += params.logit_bias
                     length, prompt_len = int(row["total_len"]), int(row["prompt_len"])
-                    edits += _banned(params, self._token_rows[slot, prompt_len:length])
+                    try:
+                        edits += [*params.logit_bias, *_banned(params, self._token_rows[slot, prompt_len:length])]
+                    except Exception:
+                        traceback.print_exc()
+                        broken.append(index)
                     allowed += params.allowed_token_ids
                     row["edits_end"], row["allowed_end"] = len(edits), len(allowed)
-        return np.array(edits, EDIT), np.array(allowed, np.int32)
+        return np.array(edits, EDIT), np.array(allowed, np.int32), broken
 
     def _prompt_logprob_indices(self, plan: StepPlan) -> list[int]:
         if not self._wants_prompt_logprobs:
