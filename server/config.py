@@ -63,6 +63,8 @@ class EngineConfig:
         choices=("batch", "ranks", "fast"),
     )
 
+    faults: str = field(default="", metadata={"hidden": True})  # folder of `engine.faults`, for tests alone
+
     def to_json(self) -> str:
         """The configuration as one line of JSON."""
         return json.dumps(asdict(self))

@@ -42,6 +42,7 @@ RULES: list[tuple[str, frozenset[str], frozenset[str] | None]] = [
     ("octavo.server.engine.channel", frozenset({"octavo.server.engine.request"}), HTTP | MODEL),
     ("octavo.server.engine.journal", ASKING | SHARED, HTTP | MODEL),
     ("octavo.server.engine.progress", frozenset(), None),
+    ("octavo.server.engine.faults", frozenset(), None),
     ("octavo.server.engine.group", SHARED | {"octavo.server.engine.progress"}, HTTP | MODEL | {"asyncio"}),
     ("octavo.server.engine.known_answer", ASKING, HTTP | MODEL | {"asyncio"}),
     ("octavo.server.engine.epoch", ASKING | SHARED, HTTP | MODEL),

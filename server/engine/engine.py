@@ -33,6 +33,7 @@ from octavo.models.quantization.choose import with_quantization
 from octavo.models.shard import Shard, shard_model
 from octavo.server.config import GIB, MIB, EngineConfig
 from octavo.server.engine.channel import EngineInfo, EngineStats, RankInfo
+from octavo.server.engine.faults import Faults
 from octavo.server.engine.pacing import ROW_TILE, Pacer
 from octavo.server.engine.peers import Leader, Place
 from octavo.server.engine.plan import StepPlan
@@ -265,7 +266,10 @@ class Engine:
         num_blocks = self._leader.agree(rank.plan.num_blocks)
         self.runner = rank.load(num_blocks)
         infos = [rank.info, *self._leader.wait_until_loaded()]
+        faults = Faults(config.faults, place.rank)
+        faults.at("warm-up")
         warm_up_s = self.runner.warm_up(config.max_num_batched_tokens)
+        self.runner.faults = faults
         self.scheduler = Scheduler(
             num_blocks=num_blocks,
             block_size=config.block_size,

@@ -19,6 +19,7 @@ from octavo.server.engine.channel import (
     encode_frame,
 )
 from octavo.server.engine.engine import Engine, Rank
+from octavo.server.engine.faults import Faults
 from octavo.server.engine.peers import Follower, PeerError, Place
 from octavo.server.engine.progress import Progress
 from octavo.server.errors import StartupError
@@ -72,6 +73,8 @@ def run_rank(config: EngineConfig, place: Place, channel: socket.socket, progres
 
     Returns the exit status: 0, or 1 where the rank could not start or failed.
     """
+    if place.epoch:
+        Faults(config.faults, place.rank).at("recovery")
     return _lead(config, place, channel, progress) if place.rank == 0 else follow(config, place)
 
 
@@ -109,7 +112,10 @@ def follow(config: EngineConfig, place: Place) -> int:
         return 1
     except PeerError:  # rank 0 has given up, and said why
         return 1
+    faults = Faults(config.faults, place.rank)
+    faults.at("warm-up")
     runner.warm_up(config.max_num_batched_tokens)
+    runner.faults = faults
     _freeze()
     while (plan := follower.receive()) is not None:
         runner.execute(plan)

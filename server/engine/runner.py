@@ -20,6 +20,7 @@ from octavo.models.batch import Activations, StepInputs, host_and_device
 from octavo.models.config import ModelConfig
 from octavo.models.llama import Llama
 from octavo.models.memory import LOGITS_ROWS, kv_block_shape, logits_shape
+from octavo.server.engine.faults import Faults
 from octavo.server.engine.plan import NewChoice, StepPlan, StepResult
 from octavo.server.engine.request import SamplingParams, TokenLogprobs
 
@@ -44,6 +45,7 @@ class Runner:
         ranks: by default this rank is alone.
         """
         self.model, self._ranks = model, ranks or Ranks()
+        self.faults = Faults()  # none, unless a test asks for some
         self._block_size = block_size
         config: ModelConfig = model.config
         shape = kv_block_shape(model.shard.local(config), num_blocks, block_size)
@@ -79,6 +81,7 @@ class Runner:
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step. Raises nothing for a single choice's sake: non-finite logits fail that choice alone."""
+        self.faults.begin_step("prefill" if max(plan.nums) > 1 else "decode")
         for choice in plan.new_choices:
             self._place(choice)
         for slot, blocks in plan.new_blocks:
@@ -99,6 +102,7 @@ class Runner:
             self._ranks.wait()
         if not len(sampled) and device().type == "cuda":
             torch.cuda.synchronize()  # nothing else has waited: the inputs are free again, the step's duration is known
+        self.faults.end_step()
         return result
 
     def _launch(self, num_tokens: int, num_sequences: int, max_query_len: int, max_context_len: int) -> None:
@@ -178,6 +182,7 @@ class Runner:
         self, result: StepResult, indices: np.ndarray, slots: np.ndarray, lens: np.ndarray, hidden: torch.Tensor
     ) -> None:
         """The next token of each plan index in `indices`; lens: tokens of every plan index after this step."""
+        self.faults.at("sampling")
         rows = self._rows[slots[indices]]
         rows["total_len"] = lens[indices]
         edits, allowed, broken = self._edits(rows)
