@@ -493,7 +493,8 @@ async def test_streams_end_with_an_error_when_the_engine_is_given_up(tiny: Path,
 
 @pytest.mark.parametrize("who", ["launcher", 0, 2])
 async def test_nothing_is_left_of_a_group_that_loses_a_process(who: str | int, tiny: Path, tmp_path: Path) -> None:
-    with serving(tiny, tmp_path / "log", *TINY_FLAGS, "--tensor-parallel-size", "3") as server:
+    flags = ("--tensor-parallel-size", "3", "--max-recovery-time", "0")
+    with serving(tiny, tmp_path / "log", *TINY_FLAGS, *flags) as server:
         assert len(server.rank_pids) == 3 and "memory of rank 2: weights" in server.log
         memory = {os.readlink(fd) for pid in server.rank_pids for fd in Path(f"/proc/{pid}/fd").iterdir()}
         assert any(name.startswith("/memfd:octavo") for name in memory)  # which ends with those who have it
@@ -503,7 +504,7 @@ async def test_nothing_is_left_of_a_group_that_loses_a_process(who: str | int, t
                 os.kill(server.launcher_pid if who == "launcher" else server.rank_pids[int(who)], signal.SIGKILL)
                 await gathered
                 assert all(reply.is_cut for reply in replies)
-        assert await server.exit_status(5) == 1
+        assert await server.exit_status(5) == 70
 
 
 # What it says when it cannot start
