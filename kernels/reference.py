@@ -73,12 +73,18 @@ def embedding(token_ids: Tensor, weight: Tensor, first_id: int = 0) -> Tensor:
     return weight[rows.where(inside, 0)] * inside[:, None]
 
 
-def sum_ranks(parts: Tensor) -> Tensor:
-    """The sum of what ranks hold, from rank 0 upwards in float32, rounded once. parts: [ranks, size]."""
-    total = parts[0].float()
-    for part in parts[1:]:
-        total = total + part.float()
-    return total.to(parts.dtype)
+def sum_parts(parts: Tensor, bias: Tensor | None, residual: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    """parts: [parts, ...], added in float32 in a balanced tree; then bias and residual, shaped like one; rounded."""
+
+    def tree(parts: Tensor) -> Tensor:
+        half = len(parts) // 2
+        return tree(parts[:half]) + tree(parts[half:]) if half else parts[0].float()
+
+    total = tree(parts)
+    for added in (bias, residual):
+        if added is not None:
+            total = total + added.float()
+    return total.to(out_dtype)
 
 
 def rotary(x: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:

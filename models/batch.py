@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.backend import device
+from octavo.kernels.ranks import Ranks, buffer_bytes
 from octavo.models.config import ModelConfig
+from octavo.models.shard import Shard
 
 
 @dataclass(slots=True)
@@ -108,27 +110,59 @@ def host_and_device(num_bytes: int) -> tuple[Tensor, Tensor]:
 class Activations:
     """What layers hand on, in buffers that all of them share: [tokens, width] each, in the compute type."""
 
-    hidden: Tensor  # the residual stream
+    hidden: Tensor  # the residual stream, the same on every rank
     normed: Tensor  # [tokens, hidden]
     qkv: Tensor
     attended: Tensor  # [tokens, heads * head_size]
     gated: Tensor  # [tokens, intermediate]
     ordered: Tensor  # [tokens, the most inputs of a weight that has its own order, or 0]
+    parts: Tensor  # [parts, tokens, hidden] float32: of a sum over ranks, those that are this rank's
+    sums: Tensor  # [tokens, hidden]: where ranks put the slices of such a sum that they have added up
+    ranks: Ranks
 
     @classmethod
-    def empty(cls, config: ModelConfig, max_tokens: int, dtype: torch.dtype) -> "Activations":
-        """Buffers for steps of up to `max_tokens` tokens."""
-        return cls(
-            *(torch.empty((max_tokens, width), dtype=dtype, device=device()) for width in activation_widths(config))
+    def empty(
+        cls,
+        config: ModelConfig,
+        max_tokens: int,
+        dtype: torch.dtype,
+        shard: Shard | None = None,
+        ranks: Ranks | None = None,
+    ) -> "Activations":
+        """Buffers for steps of up to `max_tokens` tokens, by default of a rank alone."""
+        shard, ranks = shard or Shard(), ranks or Ranks()
+        hidden, normed, qkv, attended, gated, ordered = (
+            torch.empty((max_tokens, width), dtype=dtype, device=device())
+            for width in activation_widths(shard.local(config))
         )
+        parts, sums = (ranks.buffer(shape, kind) for shape, kind in sum_shapes(config, max_tokens, dtype, shard))
+        return cls(hidden, normed, qkv, attended, gated, ordered, parts, sums, ranks)
 
     def first(self, num_tokens: int) -> "Activations":
         """The same memory, cut to the first `num_tokens` tokens."""
-        return Activations(*(getattr(self, field.name)[:num_tokens] for field in fields(self)))
+        rows = {
+            field.name: getattr(self, field.name)[:num_tokens]
+            for field in fields(self)
+            if field.name not in ("parts", "ranks")
+        }
+        return Activations(**rows, parts=self.parts[:, :num_tokens], ranks=self.ranks)
 
 
 def activation_widths(config: ModelConfig) -> tuple[int, int, int, int, int, int]:
-    """Elements per token of each buffer of `Activations`."""
+    """Elements per token of what a rank has for itself, the first six of `Activations`. config: what it holds."""
     hidden, inner = config.hidden_size, config.intermediate_size
     ordered = max(hidden, config.q_size, inner) if config.quantization.has_orders else 0
     return hidden, hidden, config.q_size + 2 * config.kv_size, config.q_size, inner, ordered
+
+
+def sum_shapes(
+    config: ModelConfig, max_tokens: int, dtype: torch.dtype, shard: Shard
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes of what sums over ranks take: `parts` and `sums` of `Activations`; nothing where nothing is summed."""
+    rows = max_tokens if shard.num_parts > 1 else 0
+    return [((len(shard.parts), rows, config.hidden_size), torch.float32), ((rows, config.hidden_size), dtype)]
+
+
+def sum_bytes(config: ModelConfig, max_tokens: int, dtype: torch.dtype, shard: Shard) -> int:
+    """Bytes of what sums over ranks take."""
+    return sum(buffer_bytes(*shape) for shape in sum_shapes(config, max_tokens, dtype, shard))

@@ -7,18 +7,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from octavo.kernels.all_reduce import all_reduce
 from octavo.kernels.backend import device
 from octavo.kernels.embedding import embedding
 from octavo.kernels.gather_columns import gather_columns
 from octavo.kernels.matmul import PackedWeight, empty_packed, gated_matmul, matmul
-from octavo.kernels.matmul_4bit import Packed4Bit, empty_packed_4bit, gated_matmul_4bit, matmul_4bit
+from octavo.kernels.matmul_4bit import CodeFormat, Packed4Bit, empty_packed_4bit, gated_matmul_4bit, matmul_4bit
 from octavo.kernels.paged_attention import paged_attention
 from octavo.kernels.rms_norm import rms_norm, rms_norm_heads
 from octavo.kernels.rotary_kv_write import rotary_kv_write
 from octavo.models.batch import Activations, ForwardBatch
 from octavo.models.checkpoint import TensorSpec
 from octavo.models.config import ModelConfig, RopeConfig
-from octavo.models.quantization.base import Quantization, QuantizedRows, form_of
+from octavo.models.quantization.base import Quantization, QuantizedRows
+from octavo.models.shard import Shard, Span, form_of_part, whole
+
+Weight = PackedWeight | Packed4Bit
 
 
 @dataclass(slots=True)
@@ -27,39 +31,79 @@ class Parameter:
 
     tensors: dict[str, TensorSpec]
     place: Callable[[Mapping[str, Tensor]], object]
+    share: float = 1.0  # of the tensors' values, that are looked at
 
 
 Parameters = dict[str, Parameter]  # name of the parameter -> parameter
 
 
-def vector(name: str, values: Tensor) -> Parameters:
-    """A parameter that is one tensor of the checkpoint, copied to `values`, [size] float32."""
-    return {name: Parameter({name: TensorSpec(tuple(values.shape))}, lambda tensors: values.copy_(tensors[name]))}
+def vector(name: str, values: Tensor, span: Span | None = None) -> Parameters:
+    """A parameter that is one tensor of the checkpoint, or a span of one, copied to `values`, [size] float32."""
+    span = span or whole(len(values))
+
+    def place(tensors: Mapping[str, Tensor]) -> None:
+        values.copy_(tensors[name][span.slice])
+
+    return {name: Parameter({name: TensorSpec((span.whole,))}, place, len(span) / span.whole)}
 
 
 def rows(
-    quantization: Quantization, name: str, n: int, weight: PackedWeight | Packed4Bit, begin: int = 0
+    quantization: Quantization, name: str, n: Span, inputs: list[Span], weights: list[Weight], begin: int = 0
 ) -> Parameters:
-    """The weight [n, k] of the checkpoint's module `name`, placed at rows [begin, begin + n) of `weight`."""
-    k = weight.k
+    """Rows `n` of the checkpoint's module `name`, of whose columns each weight takes those of its inputs.
+
+    They are placed at rows from `begin` on.
+    """
+    k = inputs[0].whole
 
     def place(tensors: Mapping[str, Tensor]) -> None:
-        values = quantization.read(name, n, k, tensors)
-        if isinstance(values, QuantizedRows) and isinstance(weight, Packed4Bit):
-            weight.write_rows(begin, values.codes, values.scales, values.shifts)
-            return
-        assert isinstance(weight, PackedWeight)
+        values = quantization.read(name, n.whole, k, tensors)
         if isinstance(values, QuantizedRows):
-            values = values.dequantize(weight.dtype)
-            if (order := quantization.order(name)) is not None:
-                values = torch.empty_like(values).index_copy_(1, order, values)
-        weight.write_rows(begin, values)
+            values = values.part(n.slice, slice(0, k))
+            if isinstance(weights[0], PackedWeight):
+                values = values.dequantize(weights[0].dtype)
+                if (order := quantization.order(name)) is not None:
+                    values = torch.empty_like(values).index_copy_(1, order, values)
+        else:
+            values = values[n.slice]
+        for columns, weight in zip(inputs, weights, strict=True):
+            if isinstance(values, QuantizedRows):
+                assert isinstance(weight, Packed4Bit)
+                part = values.part(slice(0, len(n)), columns.slice)
+                weight.write_rows(begin, part.codes, part.scales, part.shifts)
+            else:
+                assert isinstance(weight, PackedWeight)
+                weight.write_rows(begin, values[:, columns.slice])
 
-    return {f"{name}.weight": Parameter(quantization.tensors(name, n, k), place)}
+    wanted = quantization.tensors(name, n.whole, k)
+    share = len(n) * sum(map(len, inputs)) / (n.whole * k) if len(wanted) == 1 else 1.0
+    return {f"{name}.weight": Parameter(wanted, place, share)}
+
+
+def empty_weight(n: int, k: int, dtype: torch.dtype, form: CodeFormat | None, num_parts: int = 1) -> Weight:
+    """A weight [n, k] to be filled, in codes where a form of these is given."""
+    return empty_packed(n, k, dtype, num_parts) if form is None else empty_packed_4bit(n, k, dtype, form, num_parts)
+
+
+def product(x: Tensor, weight: Weight, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> Tensor:
+    """`matmul`, or `gated_matmul` of a weight of two parts, whatever the weight is stored as. Returns out."""
+    if isinstance(weight, Packed4Bit):
+        if weight.num_parts == 2:
+            return gated_matmul_4bit(x, weight, bias, out)
+        return matmul_4bit(x, weight, bias, residual, out.dtype, out)
+    if weight.num_parts == 2:
+        return gated_matmul(x, weight, bias, out)
+    return matmul(x, weight, bias, residual, out.dtype, out)
+
+
+def order_of(quantization: Quantization, name: str, form: CodeFormat | None) -> Tensor | None:
+    """[k] int32: which of x's columns each of a weight's belongs to; None where they are in order."""
+    order = None if form is None else quantization.order(name)
+    return None if order is None else order.to(device(), torch.int32)
 
 
 class Linear:
-    """out = x @ weight.T + bias; several checkpoint weights may be stacked along the outputs.
+    """out = x @ weight.T + bias; several checkpoint weights may be stacked along the outputs, which ranks divide.
 
     With `gated` they are two, and out = silu(first half) * second half.
     """
@@ -67,51 +111,75 @@ class Linear:
     def __init__(
         self,
         k: int,
-        parts: dict[str, int],
+        parts: dict[str, Span],
         dtype: torch.dtype,
         quantization: Quantization,
         bias: bool = False,
         gated: bool = False,
     ) -> None:
-        """k: inputs; parts: checkpoint module name -> outputs, stacked in this order."""
+        """k: inputs; parts: checkpoint module name -> outputs that are this rank's, stacked in this order."""
         self.parts, self._quantization = parts, quantization
-        n, num_parts, form = sum(parts.values()), 2 if gated else 1, form_of(quantization, parts, k)
-        self.weight: PackedWeight | Packed4Bit
-        self.order: Tensor | None = None  # [k] int32: which of x's columns each of the weight's belongs to
-        if form is None:
-            self.weight = empty_packed(n, k, dtype, num_parts)
-        else:
-            self.weight = empty_packed_4bit(n, k, dtype, form, num_parts)
-            order = quantization.order(next(iter(parts)))
-            self.order = None if order is None else order.to(device(), torch.int32)
+        n, form = sum(map(len, parts.values())), form_of_part(quantization, parts, [whole(k)])
+        self.weight = empty_weight(n, k, dtype, form, num_parts=2 if gated else 1)
+        self.order = order_of(quantization, next(iter(parts)), form)
         self.bias = torch.zeros(n, dtype=torch.float32, device=device()) if bias else None
 
-    def __call__(self, x: Tensor, out: Tensor, residual: Tensor | None = None, ordered: Tensor | None = None) -> Tensor:
-        """x: [rows, k]; out: [rows, n] (or n / 2), which also may be the residual that is added. Returns out.
+    def __call__(self, x: Tensor, out: Tensor, ordered: Tensor | None = None) -> Tensor:
+        """x: [rows, k]; out: [rows, n] (or n / 2). Returns out.
 
         ordered: [rows, k or more] memory for x's columns in the weight's order, where that has one.
         """
         if self.order is not None:
             x = gather_columns(x, self.order, None if ordered is None else ordered[:, : self.weight.k])
-        if self.weight.num_parts == 2:
-            assert residual is None
-            if isinstance(self.weight, Packed4Bit):
-                return gated_matmul_4bit(x, self.weight, self.bias, out)
-            return gated_matmul(x, self.weight, self.bias, out)
-        if isinstance(self.weight, Packed4Bit):
-            return matmul_4bit(x, self.weight, self.bias, residual, out.dtype, out)
-        return matmul(x, self.weight, self.bias, residual, out.dtype, out)
+        return product(x, self.weight, self.bias, None, out)
 
     def parameters(self) -> Parameters:
         """Weights (and biases) by checkpoint name."""
         found: Parameters = {}
         begin = 0
         for name, n in self.parts.items():
-            found |= rows(self._quantization, name, n, self.weight, begin)
+            found |= rows(self._quantization, name, n, [whole(self.weight.k)], [self.weight], begin)
             if self.bias is not None:
-                found |= vector(f"{name}.bias", self.bias[begin : begin + n])
-            begin += n
+                found |= vector(f"{name}.bias", self.bias[begin : begin + len(n)], n)
+            begin += len(n)
         return found
+
+
+class SummedLinear:
+    """hidden += x @ weight.T + bias, where ranks divide the inputs and add up what comes of them."""
+
+    def __init__(
+        self,
+        name: str,
+        n: int,
+        inputs: list[Span],
+        dtype: torch.dtype,
+        quantization: Quantization,
+        bias: bool = False,
+    ) -> None:
+        """name: of the checkpoint module; inputs: what each of this rank's parts of the sum takes, on end."""
+        self.name, self.inputs, self._quantization = name, inputs, quantization
+        form = form_of_part(quantization, {name: whole(n)}, inputs)
+        self.weights = [empty_weight(n, len(span), dtype, form) for span in inputs]
+        self.order = order_of(quantization, name, form)
+        self.bias = torch.zeros(n, dtype=torch.float32, device=device()) if bias else None
+
+    def __call__(self, x: Tensor, a: Activations) -> None:
+        """x: [rows, inputs of this rank]. Adds to a.hidden."""
+        if self.order is not None:
+            x = gather_columns(x, self.order, a.ordered[:, : x.shape[1]])
+        if self.inputs[0].is_whole:
+            product(x, self.weights[0], self.bias, a.hidden, a.hidden)
+            return
+        columns = x.split([len(span) for span in self.inputs], dim=1)
+        for some, weight, part in zip(columns, self.weights, a.parts, strict=True):
+            product(some, weight, None, None, part)
+        all_reduce(a.parts, a.hidden, a.ranks, sums=a.sums, bias=self.bias, residual=a.hidden)
+
+    def parameters(self) -> Parameters:
+        """The weight (and bias) by checkpoint name."""
+        found = rows(self._quantization, self.name, whole(self.weights[0].n), self.inputs, self.weights)
+        return found if self.bias is None else found | vector(f"{self.name}.bias", self.bias)
 
 
 class Norm:
@@ -131,37 +199,53 @@ class Norm:
 
 
 class Embedding:
-    """Token embedding, which may also serve as the output head."""
+    """Token embedding, which may also serve as the output head. Ranks divide the vocabulary."""
 
     def __init__(
-        self, name: str, vocab_size: int, hidden_size: int, dtype: torch.dtype, quantization: Quantization
+        self, name: str, vocab: Span, hidden_size: int, dtype: torch.dtype, quantization: Quantization
     ) -> None:
-        self.name, self._quantization = name, quantization
-        self.weight = empty_packed(vocab_size, hidden_size, dtype)
+        """vocab: the rows that are this rank's."""
+        self.name, self.vocab, self._quantization = name, vocab, quantization
+        self.weight = empty_packed(len(vocab), hidden_size, dtype)
 
-    def __call__(self, token_ids: Tensor, out: Tensor) -> Tensor:
-        """token_ids: [tokens] int32; out: [tokens, hidden]. Returns out."""
-        return embedding(token_ids, self.weight, out)
+    def __call__(self, token_ids: Tensor, a: Activations) -> None:
+        """token_ids: [tokens] int32. Leaves their embeddings in a.hidden."""
+        if a.ranks.num_ranks == 1:
+            embedding(token_ids, self.weight, a.hidden)
+            return
+        # A rank has zeros for what is another's, so the sum is exact in the compute type.
+        part = a.parts[0].view(-1).view(a.hidden.dtype)[: a.hidden.numel()].view_as(a.hidden)
+        embedding(token_ids, self.weight, part, first_id=self.vocab.begin)
+        all_reduce(part[None], a.hidden, a.ranks, sums=a.sums)
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
-        """hidden: [rows, hidden]; out: [rows, vocab] float32. Returns out."""
+        """hidden: [rows, hidden]; out: [rows, this rank's vocabulary] float32. Returns out."""
         return matmul(hidden, self.weight, out_dtype=torch.float32, out=out)
 
     def parameters(self) -> Parameters:
         """The weight by checkpoint name."""
-        return rows(self._quantization, self.name, self.weight.n, self.weight)
+        return rows(self._quantization, self.name, self.vocab, [whole(self.weight.k)], [self.weight])
 
 
 class Attention:
-    """Self-attention of one layer: QKV, optional norm of queries and keys, rotary, paged attention, output."""
+    """Self-attention of one layer: QKV, optional norm of queries and keys, rotary, paged attention, output.
 
-    def __init__(self, name: str, config: ModelConfig, window: int, dtype: torch.dtype) -> None:
-        self.config, self.window = config, window
-        q, kv = config.q_size, config.kv_size
+    Ranks divide the query heads, and have the KV heads that theirs need.
+    """
+
+    def __init__(self, name: str, config: ModelConfig, window: int, dtype: torch.dtype, shard: Shard) -> None:
+        self.window, self.head_size = window, config.head_size
+        heads, kv_heads = shard.heads(config), shard.kv_heads(config)
+        self.num_heads, self.num_kv_heads = len(heads), len(kv_heads)
+        # Groups of query heads are cut at both ends, unless they are one, which then is a whole group of its own.
+        group = config.num_heads // config.num_kv_heads
+        self.group_size, self.first_head = (group, heads.begin % group) if len(kv_heads) > 1 else (len(heads), 0)
+        q, kv = heads * config.head_size, kv_heads * config.head_size
         parts = {f"{name}.q_proj": q, f"{name}.k_proj": kv, f"{name}.v_proj": kv}
-        self.qkv = Linear(config.hidden_size, parts, dtype, config.quantization, bias=config.qkv_bias)
-        output = {f"{name}.o_proj": config.hidden_size}
-        self.output = Linear(q, output, dtype, config.quantization, bias=config.output_bias)
+        hidden, quantization = config.hidden_size, config.quantization
+        self.qkv = Linear(hidden, parts, dtype, quantization, bias=config.qkv_bias)
+        inputs = [part.heads(config) * config.head_size for part in shard.parts]
+        self.output = SummedLinear(f"{name}.o_proj", hidden, inputs, dtype, quantization, bias=config.output_bias)
         self.q_norm = self.k_norm = None
         if config.qk_norm:
             self.q_norm = Norm(f"{name}.q_norm", config.head_size, config.rms_norm_eps)
@@ -169,26 +253,28 @@ class Attention:
 
     def __call__(self, a: Activations, batch: ForwardBatch, cos_sin: Tensor, kv_cache: Tensor) -> None:
         """Adds attention(a.normed) to a.hidden. kv_cache: this layer's."""
-        config = self.config
         qkv = self.qkv(a.normed, a.qkv, ordered=a.ordered)
         if self.q_norm is not None and self.k_norm is not None:
-            rms_norm_heads(qkv, 0, config.num_heads, self.q_norm.weight, self.q_norm.eps)
-            rms_norm_heads(qkv, config.q_size, config.num_kv_heads, self.k_norm.weight, self.k_norm.eps)
-        rotary_kv_write(qkv, cos_sin, batch.positions, batch.slots, kv_cache, config.num_heads)
+            q_size = self.num_heads * self.head_size
+            rms_norm_heads(qkv, 0, self.num_heads, self.q_norm.weight, self.q_norm.eps)
+            rms_norm_heads(qkv, q_size, self.num_kv_heads, self.k_norm.weight, self.k_norm.eps)
+        rotary_kv_write(qkv, cos_sin, batch.positions, batch.slots, kv_cache, self.num_heads)
         paged_attention(
             qkv,
             kv_cache,
             batch.block_tables,
             batch.token_begins,
             batch.context_lens,
-            config.num_heads,
-            config.head_size**-0.5,
+            self.num_heads,
+            self.head_size**-0.5,
             self.window,
             a.attended,
+            group_size=self.group_size,
+            first_head=self.first_head,
             max_query_len=batch.max_query_len,
             max_context_len=batch.max_context_len,
         )
-        self.output(a.attended, a.hidden, residual=a.hidden, ordered=a.ordered)
+        self.output(a.attended, a)
 
     def parameters(self) -> Parameters:
         """All tensors by checkpoint name."""
@@ -197,18 +283,19 @@ class Attention:
 
 
 class Mlp:
-    """SwiGLU MLP of one layer."""
+    """SwiGLU MLP of one layer. Ranks divide its columns."""
 
-    def __init__(self, name: str, config: ModelConfig, dtype: torch.dtype) -> None:
-        size, quantization = config.intermediate_size, config.quantization
-        parts = {f"{name}.gate_proj": size, f"{name}.up_proj": size}
-        self.gate_up = Linear(config.hidden_size, parts, dtype, quantization, bias=config.mlp_bias, gated=True)
-        self.down = Linear(size, {f"{name}.down_proj": config.hidden_size}, dtype, quantization, bias=config.mlp_bias)
+    def __init__(self, name: str, config: ModelConfig, dtype: torch.dtype, shard: Shard) -> None:
+        columns, hidden, quantization = shard.columns(config), config.hidden_size, config.quantization
+        parts = {f"{name}.gate_proj": columns, f"{name}.up_proj": columns}
+        self.gate_up = Linear(hidden, parts, dtype, quantization, bias=config.mlp_bias, gated=True)
+        inputs = [part.columns(config) for part in shard.parts]
+        self.down = SummedLinear(f"{name}.down_proj", hidden, inputs, dtype, quantization, bias=config.mlp_bias)
 
     def __call__(self, a: Activations) -> None:
         """Adds mlp(a.normed) to a.hidden."""
         self.gate_up(a.normed, a.gated, ordered=a.ordered)
-        self.down(a.gated, a.hidden, residual=a.hidden, ordered=a.ordered)
+        self.down(a.gated, a)
 
     def parameters(self) -> Parameters:
         """All tensors by checkpoint name."""

@@ -7,17 +7,18 @@ from octavo.models.batch import Activations, ForwardBatch
 from octavo.models.config import ModelConfig
 from octavo.models.layers import Attention, Embedding, Linear, Mlp, Norm, Parameters, rotary_table
 from octavo.models.quantization.base import EMBEDDING, HEAD
+from octavo.models.shard import Shard
 
 
 class Layer:
     """x + attention(norm(x)), then + mlp(norm(.))."""
 
-    def __init__(self, index: int, config: ModelConfig, dtype: torch.dtype) -> None:
+    def __init__(self, index: int, config: ModelConfig, dtype: torch.dtype, shard: Shard) -> None:
         name = f"model.layers.{index}"
         self.attention_norm = Norm(f"{name}.input_layernorm", config.hidden_size, config.rms_norm_eps)
-        self.attention = Attention(f"{name}.self_attn", config, config.windows[index], dtype)
+        self.attention = Attention(f"{name}.self_attn", config, config.windows[index], dtype, shard)
         self.mlp_norm = Norm(f"{name}.post_attention_layernorm", config.hidden_size, config.rms_norm_eps)
-        self.mlp = Mlp(f"{name}.mlp", config, dtype)
+        self.mlp = Mlp(f"{name}.mlp", config, dtype, shard)
 
     def __call__(self, a: Activations, batch: ForwardBatch, cos_sin: Tensor, kv_cache: Tensor) -> None:
         """Updates a.hidden. kv_cache: this layer's."""
@@ -33,29 +34,30 @@ class Layer:
 
 
 class Llama:
-    """A decoder with weights allocated and unfilled; `parameters` says which checkpoint tensors fill it."""
+    """A rank's part of a decoder, its weights not yet filled; `parameters` says what of the checkpoint fills them."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, max_len: int) -> None:
-        """max_len: positions that the rotary table covers."""
-        self.config, self.dtype = config, dtype
-        vocab_size, hidden_size, quantization = config.vocab_size, config.hidden_size, config.quantization
-        self.embedding = Embedding(EMBEDDING, vocab_size, hidden_size, dtype, quantization)
-        self.layers = [Layer(i, config, dtype) for i in range(config.num_layers)]
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, max_len: int, shard: Shard | None = None) -> None:
+        """max_len: positions that the rotary table covers; shard: by default all of the model."""
+        shard = shard or Shard()
+        self.config, self.dtype, self.shard = config, dtype, shard
+        vocab, hidden_size, quantization = shard.vocab(config), config.hidden_size, config.quantization
+        self.embedding = Embedding(EMBEDDING, vocab, hidden_size, dtype, quantization)
+        self.layers = [Layer(i, config, dtype, shard) for i in range(config.num_layers)]
         self.norm = Norm("model.norm", config.hidden_size, config.rms_norm_eps)
         self.head: Linear | None = None  # None: the embedding serves as one
         if config.has_head:
-            self.head = Linear(hidden_size, {HEAD: vocab_size}, dtype, quantization)
+            self.head = Linear(hidden_size, {HEAD: vocab}, dtype, quantization)
         self.cos_sin = rotary_table(config.rope, config.head_size, max_len)
 
     def forward(self, a: Activations, batch: ForwardBatch, kv_caches: list[Tensor]) -> None:
         """Leaves the last hidden state of every token, normed, in a.normed. KV is written to the caches."""
-        self.embedding(batch.token_ids, a.hidden)
+        self.embedding(batch.token_ids, a)
         for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
             layer(a, batch, self.cos_sin, kv_cache)
         self.norm(a.hidden, a.normed)
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
-        """hidden: [rows, hidden]; out: [rows, vocab] float32. Returns out."""
+        """hidden: [rows, hidden]; out: [rows, this rank's vocabulary] float32. Returns out."""
         return self.embedding.logits(hidden, out) if self.head is None else self.head(hidden, out)
 
     def parameters(self) -> Parameters:

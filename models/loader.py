@@ -17,8 +17,10 @@ class Progress(Protocol):
         """Told of bytes that are placed."""
 
 
-def load(checkpoint: Checkpoint, model: Llama, progress: Progress) -> None:
+def load(checkpoint: Checkpoint, model: Llama, progress: Progress) -> int:
     """Fill every parameter of the model; `progress` is told the elements in all, and as they are placed.
+
+    Returns the bytes of the checkpoint that were looked at: a rank's, of tensors that are not quantised.
 
     Where the head is tied to the embedding, an lm_head.weight in the file is left unread. Raises CheckpointError: for
     tensors that are missing or not expected, and for wrong shapes and types, before anything is placed; for values that
@@ -34,8 +36,14 @@ def load(checkpoint: Checkpoint, model: Llama, progress: Progress) -> None:
         tied = config.tie_word_embeddings and name == f"{HEAD}.weight"
         if not tied and not config.quantization.ignores(name):
             raise CheckpointError(f"{checkpoint.tensors[name]} is not part of this architecture")
-    progress.total = sum(prod(checkpoint.tensors[name].shape) for name in wanted)
+    sizes = {name: prod(checkpoint.tensors[name].shape) for name in wanted}
+    progress.total = sum(
+        parameter.share * sum(sizes[name] for name in parameter.tensors) for parameter in parameters.values()
+    )
+    num_bytes = 0.0
     for parameter in parameters.values():
         tensors = {name: checkpoint.read(name) for name in parameter.tensors}
         parameter.place(tensors)
-        progress.update(sum(prod(checkpoint.tensors[name].shape) for name in tensors))
+        progress.update(int(parameter.share * sum(sizes[name] for name in tensors)))
+        num_bytes += parameter.share * sum(tensor.nbytes for tensor in tensors.values())
+    return round(num_bytes)

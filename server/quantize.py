@@ -49,7 +49,12 @@ def quantize_checkpoint(source: Path, target: Path, method: str, quantize_head: 
             raise StartupError(f"{source}: the output head is the embedding, which stays as it is")
         checkpoint = SafetensorsCheckpoint(source)
         kept = {EMBEDDING} if quantize_head else {EMBEDDING, HEAD}
-        modules = {name: (n, k) for parts, k in linears(config) for name, n in parts.items() if name not in kept}
+        modules = {
+            name: (n.whole, inputs[0].whole)
+            for parts, inputs in linears(config)
+            for name, n in parts.items()
+            if name not in kept
+        }
         size = common_group_size(method, *(k for _, k in modules.values()))
         if method == "nf4" and size < MIN_NF4_BLOCK:
             raise StartupError(

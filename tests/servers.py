@@ -35,6 +35,10 @@ def processes(session: int) -> list[int]:
     return sorted(found)
 
 
+def _parent(pid: int) -> int:
+    return int(stat(pid)[1])
+
+
 @dataclass
 class Server:
     """An `octavo serve` in a session of its own, so that all its processes can be found."""
@@ -58,9 +62,18 @@ class Server:
         return self.log_path.read_text()
 
     @property
-    def engine_pid(self) -> int:
-        (pid,) = set(processes(self.pid)) - {self.pid}
+    def launcher_pid(self) -> int:
+        (pid,) = (pid for pid in processes(self.pid) if _parent(pid) == self.pid)
         return pid
+
+    @property
+    def rank_pids(self) -> list[int]:
+        """In the order of ranks: the launcher's children."""
+        return [pid for pid in processes(self.pid) if _parent(pid) == self.launcher_pid]
+
+    @property
+    def engine_pid(self) -> int:
+        return self.rank_pids[0]
 
     def wait_until_ready(self) -> None:
         """Reads the port from the log and waits for /readyz."""

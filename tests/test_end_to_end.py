@@ -25,7 +25,8 @@ import pytest
 from api_fakes import eventually, make_tokenizer
 from servers import READY_S, Server, command, launched, processes, serving, stat
 
-TINY_FLAGS = ("--kv-cache-memory-bytes", "32M", "--max-model-len", "8192")
+# Whoever halts the engine is not to be taken for a fault.
+TINY_FLAGS = ("--kv-cache-memory-bytes", "32M", "--max-model-len", "8192", "--step-deadline", "0")
 MAX_NUM_SEQS, MAX_NUM_QUEUED = 16, 64
 ENDLESS = 8000  # max_tokens of a request that no test waits for
 CAPITAL = "The capital of France is"
@@ -93,7 +94,7 @@ async def stream(http: httpx.AsyncClient, reply: Reply, max_tokens: int, prompt:
             reply.body = json.loads(await response.aread())
             return reply
         async for line in response.aiter_lines():
-            if line:
+            if line.startswith("data: "):  # others are comments
                 data = line.removeprefix("data: ")
                 reply.events.append(data if data == "[DONE]" else json.loads(data))
     return reply
@@ -192,7 +193,7 @@ def test_clients_at_once_get_what_each_gets_alone(client: openai.OpenAI) -> None
     assert alone[0] != alone[1]
 
 
-# What the two processes are
+# What the processes are
 
 
 def test_it_starts_soon_and_stays_small(default_server: Server, client: openai.OpenAI) -> None:
@@ -201,7 +202,7 @@ def test_it_starts_soon_and_stays_small(default_server: Server, client: openai.O
     page_bytes = os.sysconf("SC_PAGE_SIZE")
     pids = processes(default_server.pid)
     resident = [int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * page_bytes for pid in pids]
-    assert len(resident) == 2
+    assert len(resident) == 3  # front end, launcher and rank, of which the latter share much
     assert sum(resident) < 1.5e9, resident
 
 
@@ -252,8 +253,8 @@ def test_nothing_is_unpickled_and_nobody_is_called(tiny: Path, tmp_path: Path) -
     with serving(tiny, tmp_path / "log", *TINY_FLAGS, PYTHONPATH=str(tmp_path / "hooks")) as server:
         body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4, "logprobs": True}
         assert httpx.post(f"{server.url}/v1/chat/completions", json=body).status_code == 200
-        hooked = {f"hooked-{pid}" for pid in processes(server.pid)}
-        assert len(hooked) == 2
+        hooked = {f"hooked-{pid}" for pid in set(processes(server.pid)) - set(server.rank_pids)}
+        assert len(hooked) == 2  # a rank is forked, hook and all
         noted = {path.name for path in (tmp_path / "hooks").iterdir() if path.is_file()}
         assert hooked <= noted
         assert noted.isdisjoint({"pickle.find_class", "socket.connect"})
@@ -474,8 +475,8 @@ async def test_the_engine_dies_with_the_front_end(is_stuck: bool, tiny: Path, tm
                 assert await server.exit_status(2) == -signal.SIGKILL
 
 
-async def test_streams_end_with_an_error_when_the_engine_dies(tiny: Path, tmp_path: Path) -> None:
-    with serving(tiny, tmp_path / "log", *TINY_FLAGS) as server:
+async def test_streams_end_with_an_error_when_the_engine_is_given_up(tiny: Path, tmp_path: Path) -> None:
+    with serving(tiny, tmp_path / "log", *TINY_FLAGS, "--max-recovery-time", "0") as server:
         async with connect(server) as http:
             body = {"prompt": "a", "max_tokens": ENDLESS, "ignore_eos": True}
             whole = asyncio.create_task(http.post("/v1/completions", json=body))
@@ -486,8 +487,23 @@ async def test_streams_end_with_an_error_when_the_engine_dies(tiny: Path, tmp_pa
                 assert all(reply.is_cut for reply in replies)
                 assert all(reply.events[-1]["error"]["message"].startswith("The engine failed") for reply in replies)
             assert (await whole).status_code == 503
-        assert await server.exit_status(5) == 1
+        assert await server.exit_status(5) == 70
         assert "Traceback" not in server.log
+
+
+@pytest.mark.parametrize("who", ["launcher", 0, 2])
+async def test_nothing_is_left_of_a_group_that_loses_a_process(who: str | int, tiny: Path, tmp_path: Path) -> None:
+    with serving(tiny, tmp_path / "log", *TINY_FLAGS, "--tensor-parallel-size", "3") as server:
+        assert len(server.rank_pids) == 3 and "memory of rank 2: weights" in server.log
+        memory = {os.readlink(fd) for pid in server.rank_pids for fd in Path(f"/proc/{pid}/fd").iterdir()}
+        assert any(name.startswith("/memfd:octavo") for name in memory)  # which ends with those who have it
+        async with connect(server) as http:
+            async with sent(http, 4, ENDLESS) as (replies, gathered):
+                await until_streaming(replies)
+                os.kill(server.launcher_pid if who == "launcher" else server.rank_pids[int(who)], signal.SIGKILL)
+                await gathered
+                assert all(reply.is_cut for reply in replies)
+        assert await server.exit_status(5) == 1
 
 
 # What it says when it cannot start

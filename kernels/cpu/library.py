@@ -4,6 +4,7 @@ import ctypes
 import functools
 import os
 import platform
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,26 +77,31 @@ class Args(ctypes.Structure):
     """Arguments of an op, laid out as the C++ structure of the op's source file. First comes the number of rows."""
 
 
-_recorded: list[tuple[str, Args]] | None = None
+class _Recording(threading.local):
+    """What is recorded in this thread."""
+
+    ops: list[tuple[str, Args]] | None = None
+
+
+_recording = _Recording()
 
 
 def launch(op: str, args: Args) -> None:
     """Run a native op; inside `record`, only note it down."""
     lib = library()
     assert lib is not None
-    if _recorded is None:
+    if _recording.ops is None:
         getattr(lib, op)(ctypes.byref(args))
     else:
-        _recorded.append((op, args))
+        _recording.ops.append((op, args))
 
 
 def record(function: Callable[[], object]) -> list[tuple[str, Args]]:
     """Names and arguments of the ops that `function` launches, none of which is run."""
-    global _recorded
-    assert _recorded is None
-    _recorded = []
+    assert _recording.ops is None
+    _recording.ops = []
     try:
         function()
-        return _recorded
+        return _recording.ops
     finally:
-        _recorded = None
+        _recording.ops = None

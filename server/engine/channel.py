@@ -29,10 +29,16 @@ class Abort(msgspec.Struct, tag="abort"):
     choice_index: int | None = None
 
 
-class Ping(msgspec.Struct, tag="ping"):
-    """Front end -> engine: answer with `Pong` between two steps."""
+@dataclass(slots=True)
+class RankInfo:
+    """What one rank holds, and what loading it took."""
 
-    sent_s: float
+    weight_bytes: int
+    workspace_bytes: int
+    reserve_bytes: int  # of the memory plan: for runtime and libraries
+    kv_cache_bytes: int
+    read_bytes: int  # of the checkpoint
+    load_s: float
 
 
 @dataclass(slots=True)
@@ -45,16 +51,23 @@ class EngineInfo:
     max_model_len: int
     vocab_size: int
     num_parameters: int
-    weight_bytes: int
-    workspace_bytes: int
-    reserve_bytes: int  # of the memory plan: for runtime and libraries
     num_blocks: int
     block_size: int
-    kv_cache_bytes: int
+    ranks: list[RankInfo]
     device: str  # "cpu" or the GPU's name
     kernels: str  # the kernels in use, for people
-    num_threads: int
+    num_threads: int  # of each rank
     load_s: float
+
+    @property
+    def weight_bytes(self) -> int:
+        """Over all ranks."""
+        return sum(rank.weight_bytes for rank in self.ranks)
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """Over all ranks."""
+        return sum(rank.kv_cache_bytes for rank in self.ranks)
 
 
 @dataclass(slots=True)
@@ -74,6 +87,26 @@ class EngineStats:
     step: int = 0
     step_tokens: int = 0  # tokens computed in the last step
     step_s: float = 0.0  # duration of the last step
+
+    def count_from(self, offset: dict[str, int]) -> None:
+        """Adds to the counters what is given for each."""
+        for name, value in offset.items():
+            setattr(self, name, getattr(self, name) + value)
+
+    def offset_of(self, other: "EngineStats") -> dict[str, int]:
+        """What is to be added to the counters of `other`, so that they go on where these stand."""
+        return {name: getattr(self, name) - getattr(other, name) for name in COUNTERS}
+
+
+COUNTERS = (
+    "prefix_cache_queries",
+    "prefix_cache_hits",
+    "num_preemptions",
+    "prompt_tokens_computed",
+    "prompt_tokens_cached",
+    "generation_tokens",
+    "step",
+)
 
 
 class Ready(msgspec.Struct, tag="ready"):
@@ -97,15 +130,8 @@ class StepOutput(msgspec.Struct, tag="step"):
     stats: EngineStats
 
 
-class Pong(msgspec.Struct, tag="pong"):
-    """Engine -> front end: alive, idle or between steps."""
-
-    sent_s: float
-    stats: EngineStats
-
-
-ToEngine = Add | Abort | Ping
-ToFrontEnd = Ready | Failed | StepOutput | Pong
+ToEngine = Add | Abort
+ToFrontEnd = Ready | Failed | StepOutput
 
 _encoder = msgspec.msgpack.Encoder()
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

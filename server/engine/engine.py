@@ -1,10 +1,12 @@
-"""The engine in one process: scheduler and runner over a loaded model, driven step by step. Knows no sockets.
+"""What a rank loads and allocates, and the engine: scheduler over rank 0's runner, driven step by step.
 
-Used by the engine process, and directly by benchmarks and tests.
+Used by the ranks' processes, and directly by benchmarks and tests.
 """
 
+import errno
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,6 +14,7 @@ from tqdm import tqdm
 
 from octavo.kernels import backend
 from octavo.kernels.cpu.library import library, multiplies_bf16, set_num_threads
+from octavo.kernels.ranks import DistributedRanks, Ranks, SharedMemoryRanks
 from octavo.models.checkpoint import CheckpointError, open_checkpoint
 from octavo.models.config import ConfigError, ModelConfig, read_config
 from octavo.models.llama import Llama
@@ -21,33 +24,42 @@ from octavo.models.memory import (
     kv_block_bytes,
     num_parameters,
     plan_memory,
+    shared_bytes,
     state_bytes,
     weight_bytes,
     workspace_bytes,
 )
 from octavo.models.quantization.choose import with_quantization
+from octavo.models.shard import Shard, shard_model
 from octavo.server.config import GIB, MIB, EngineConfig
-from octavo.server.engine.channel import EngineInfo, EngineStats
+from octavo.server.engine.channel import EngineInfo, EngineStats, RankInfo
+from octavo.server.engine.faults import Faults
 from octavo.server.engine.pacing import ROW_TILE, Pacer
+from octavo.server.engine.peers import Leader, Place
 from octavo.server.engine.plan import StepPlan
 from octavo.server.engine.request import Delta, GenerationRequest
 from octavo.server.engine.runner import Runner
 from octavo.server.engine.scheduler import Scheduler
 from octavo.server.errors import StartupError
 
-RUNTIME_BYTES = 400 * MIB  # interpreter, torch and its libraries, both processes
+RUNTIME_BYTES = 400 * MIB  # interpreter, torch and its libraries, front end, launcher and a rank
+RANK_RUNTIME_BYTES = 60 * MIB  # what each further rank does not share with these
 GPU_RUNTIME_BYTES = GIB  # on a GPU: context, kernels, CUDA graphs, what torch allocates beside the plan
 DEFAULT_KV_BYTES = 512 * MIB  # on a CPU
 GPU_ROW_TILE = 256  # tokens that a GPU computes in about the time that reading the weights takes: an estimate
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def choose_device(wanted: str, exactness: str) -> None:
-    """Choose device and kernels for the process, before it allocates anything. Raises StartupError."""
+def choose_device(wanted: str, exactness: str, rank: int = 0, num_ranks: int = 1) -> None:
+    """Choose device and kernels for a rank's process, before it allocates anything. Raises StartupError."""
     has_gpu = wanted != "cpu" and torch.cuda.is_available()
     if wanted == "cuda" and not has_gpu:
         cause = "sees no GPU" if torch.version.cuda or torch.version.hip else "is a build for CPUs alone"
         raise StartupError(f"--device is cuda, but this torch ({torch.__version__}) {cause}")
+    if has_gpu and num_ranks > 1:
+        if num_ranks > (num_gpus := torch.cuda.device_count()):
+            raise StartupError(f"--tensor-parallel-size is {num_ranks}, but the GPUs that torch sees are {num_gpus}")
+        torch.cuda.set_device(rank)
     if exactness == "fast" and not has_gpu:
         raise StartupError("--exactness is fast, which is for GPUs alone")
     try:
@@ -76,14 +88,19 @@ def choose_dtype(wanted: str, of_checkpoint: str) -> torch.dtype:
     return DTYPES[wanted]
 
 
-def plan_engine_memory(model: ModelConfig, config: EngineConfig, max_model_len: int, dtype: torch.dtype) -> MemoryPlan:
-    """What is to be allocated, never fewer KV blocks than one request of full length needs.
+def plan_engine_memory(
+    model: ModelConfig, config: EngineConfig, max_model_len: int, dtype: torch.dtype, shard: Shard | None = None
+) -> MemoryPlan:
+    """What a rank is to allocate, never fewer KV blocks than one request of full length needs.
 
-    Raises StartupError where that does not fit what is there.
+    shard: by default all of the model. On a CPU ranks have equal parts of what there is. Raises StartupError where that
+    does not fit what is there.
     """
+    shard = shard or Shard()
+    local = shard.local(model)
     kv_bytes, utilization = config.kv_cache_memory_bytes, config.gpu_memory_utilization
-    on_gpu = backend.device().type == "cuda"
-    if on_gpu:
+    reserve = GPU_RUNTIME_BYTES
+    if backend.device().type == "cuda":
         free, total = torch.cuda.mem_get_info()
         limit = free if kv_bytes else int(utilization * total)
         if limit > free:
@@ -92,13 +109,15 @@ def plan_engine_memory(model: ModelConfig, config: EngineConfig, max_model_len: 
                 f"GPU's {total / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free"
             )
     else:
-        kv_bytes, limit = kv_bytes or DEFAULT_KV_BYTES, available_bytes()
+        kv_bytes = (kv_bytes or DEFAULT_KV_BYTES) // shard.num_ranks
+        limit = available_bytes() // shard.num_ranks
+        reserve = RUNTIME_BYTES // shard.num_ranks + (RANK_RUNTIME_BYTES if shard.rank else 0)
     state = state_bytes(model, config.max_num_seqs, max_model_len, config.block_size)
     plan = plan_memory(
-        weight_bytes=weight_bytes(model, dtype),
-        workspace_bytes=workspace_bytes(model, config.max_num_batched_tokens, max_model_len, dtype) + state,
-        reserve_bytes=GPU_RUNTIME_BYTES if on_gpu else RUNTIME_BYTES,
-        block_bytes=kv_block_bytes(model, config.block_size, dtype),
+        weight_bytes=weight_bytes(model, dtype, shard),
+        workspace_bytes=workspace_bytes(model, config.max_num_batched_tokens, max_model_len, dtype, shard) + state,
+        reserve_bytes=reserve,
+        block_bytes=kv_block_bytes(local, config.block_size, dtype),
         min_blocks=-(-max_model_len // config.block_size),
         kv_bytes=kv_bytes,
         limit_bytes=limit,
@@ -137,73 +156,148 @@ def _lines(path: str) -> list[str]:
         return []
 
 
-class Engine:
-    """A model ready to generate. Raises StartupError where model, memory or configuration do not allow it."""
+class Rank:
+    """One rank: its device, its part of the model, its memory, planned and then loaded.
 
-    def __init__(self, config: EngineConfig) -> None:
-        begin = time.monotonic()
-        choose_device(config.device, config.exactness)
-        self.num_threads = len(os.sched_getaffinity(0))
+    Raises StartupError where configuration, model or memory do not allow it.
+    """
+
+    info: RankInfo  # once it is loaded
+
+    def __init__(self, config: EngineConfig, place: Place) -> None:
+        """Allocates nothing yet."""
+        self._config, self._place = config, place
+        choose_device(config.device, config.exactness, place.rank, place.num_ranks)
+        self.num_threads = max(1, len(os.sched_getaffinity(0)) // place.num_ranks)
         set_num_threads(self.num_threads)
         torch.set_grad_enabled(False)
-        folder = Path(config.model)
+        self.folder = Path(config.model)
         try:
-            model_config = read_config(folder)
-            checkpoint = open_checkpoint(folder, model_config)
-            model_config = with_quantization(model_config, checkpoint, config.quantization, config.quantize_lm_head)
+            model_config = read_config(self.folder)
+            self._checkpoint = open_checkpoint(self.folder, model_config)
+            self.model_config = with_quantization(
+                model_config, self._checkpoint, config.quantization, config.quantize_lm_head
+            )
         except (ConfigError, CheckpointError) as error:
             raise StartupError(str(error)) from None
-        max_model_len = config.max_model_len or model_config.max_position
-        if max_model_len > model_config.max_position:
+        self.max_model_len = config.max_model_len or self.model_config.max_position
+        if self.max_model_len > self.model_config.max_position:
             raise StartupError(
-                f"--max-model-len is {max_model_len}, but the model's positions end at {model_config.max_position}"
+                f"--max-model-len is {self.max_model_len}, but the model's positions end at "
+                f"{self.model_config.max_position}"
             )
-        dtype = choose_dtype(config.dtype, model_config.dtype)
-        plan = plan_engine_memory(model_config, config, max_model_len, dtype)
-        model = Llama(model_config, dtype, max_model_len)
         try:
+            self.shard = shard_model(self.model_config, place.rank, place.num_ranks, config.exactness == "ranks")
+        except ConfigError as error:
+            raise StartupError(f"--tensor-parallel-size is {place.num_ranks}: {error}") from None
+        self.dtype = choose_dtype(config.dtype, self.model_config.dtype)
+        self.plan = plan_engine_memory(self.model_config, config, self.max_model_len, self.dtype, self.shard)
+
+    def load(self, num_blocks: int) -> Runner:
+        """Allocate what was planned, but for so many KV blocks, and read the weights."""
+        begin = time.monotonic()
+        config, place, model_config = self._config, self._place, self.model_config
+        try:
+            ranks = self._meet()
+            model = Llama(model_config, self.dtype, self.max_model_len, self.shard)
             # disable=None: no bar where standard error is not a terminal.
-            with tqdm(desc="loading", unit=" values", unit_scale=True, disable=None, leave=False) as bar:
-                load(checkpoint, model, bar)
+            hidden = True if place.rank else None
+            with tqdm(desc="loading", unit=" values", unit_scale=True, disable=hidden, leave=False) as bar:
+                read_bytes = load(self._checkpoint, model, bar)
+            runner = Runner(
+                model,
+                num_blocks=num_blocks,
+                block_size=config.block_size,
+                max_num_seqs=config.max_num_seqs,
+                max_num_batched_tokens=config.max_num_batched_tokens,
+                max_model_len=self.max_model_len,
+                use_graphs=backend.kernels() == "triton" and not config.enforce_eager,
+                ranks=ranks,
+            )
         except CheckpointError as error:
             raise StartupError(str(error)) from None
-        self.runner = Runner(
-            model,
-            num_blocks=plan.num_blocks,
-            block_size=config.block_size,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            max_model_len=max_model_len,
-            use_graphs=backend.kernels() == "triton" and not config.enforce_eager,
+        except (MemoryError, OSError, RuntimeError) as error:
+            if not _is_for_want_of_memory(error):
+                raise
+            raise StartupError(f"memory that was planned is not to be had: {str(error).splitlines()[0]}") from None
+        self.info = RankInfo(
+            weight_bytes=self.plan.weight_bytes,
+            workspace_bytes=self.plan.workspace_bytes,
+            reserve_bytes=self.plan.reserve_bytes,
+            kv_cache_bytes=num_blocks * self.plan.block_bytes,
+            read_bytes=read_bytes,
+            load_s=time.monotonic() - begin,
         )
-        self.runner.warm_up(config.max_num_batched_tokens)
+        return runner
+
+    def _meet(self) -> Ranks:
+        """How this rank and the others reach each other."""
+        place = self._place
+        if place.num_ranks == 1:
+            return Ranks()
+        if backend.kernels() == "native":
+            size = shared_bytes(self.model_config, self._config.max_num_batched_tokens, self.dtype, self.shard)
+            return SharedMemoryRanks(place.rank, place.num_ranks, place.memory, size)
+        return DistributedRanks.meet(place.rank, place.num_ranks, place.memory)
+
+
+def _is_for_want_of_memory(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOMEM, errno.ENOSPC)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def _ignore(expected_s: float, request_ids: list[str]) -> None:
+    """Of an engine that nobody watches."""
+
+
+class Engine:
+    """A model ready to generate: rank 0, which decides what every rank executes.
+
+    Raises StartupError where model, memory or configuration do not allow it.
+    """
+
+    def __init__(self, config: EngineConfig, place: Place | None = None) -> None:
+        """place: by default this process is the only rank."""
+        begin = time.monotonic()
+        place = place or Place(num_ranks=1)
+        rank = Rank(config, place)
+        self._leader = Leader(place)
+        num_blocks = self._leader.agree(rank.plan.num_blocks)
+        self.runner = rank.load(num_blocks)
+        infos = [rank.info, *self._leader.wait_until_loaded()]
+        faults = Faults(config.faults, place.rank)
+        faults.at("warm-up")
+        warm_up_s = self.runner.warm_up(config.max_num_batched_tokens)
+        self.runner.faults = faults
         self.scheduler = Scheduler(
-            num_blocks=plan.num_blocks,
+            num_blocks=num_blocks,
             block_size=config.block_size,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
-            max_model_len=max_model_len,
+            max_model_len=rank.max_model_len,
             enable_prefix_caching=config.enable_prefix_caching,
+            epoch=place.epoch,
         )
         row_tile = GPU_ROW_TILE if backend.device().type == "cuda" else ROW_TILE
         self._pacer = Pacer(config.max_num_batched_tokens, row_tile)
+        self._pacer.observe(0, min(config.max_num_batched_tokens, rank.max_model_len - 1), warm_up_s)
         self._step_s = 0.0
+        # Told before each step how long it is likely to take, and which requests are in it.
+        self.before_step: Callable[[float, list[str]], None] = _ignore
         self.info = EngineInfo(
-            model_name=folder.name,
-            architecture=model_config.architecture,
-            dtype=str(dtype).removeprefix("torch."),
-            max_model_len=max_model_len,
-            vocab_size=model_config.vocab_size,
-            num_parameters=num_parameters(model_config),
-            weight_bytes=plan.weight_bytes,
-            workspace_bytes=plan.workspace_bytes,
-            reserve_bytes=plan.reserve_bytes,
-            num_blocks=plan.num_blocks,
+            model_name=rank.folder.name,
+            architecture=rank.model_config.architecture,
+            dtype=str(rank.dtype).removeprefix("torch."),
+            max_model_len=rank.max_model_len,
+            vocab_size=rank.model_config.vocab_size,
+            num_parameters=num_parameters(rank.model_config),
+            num_blocks=num_blocks,
             block_size=config.block_size,
-            kv_cache_bytes=plan.kv_bytes,
+            ranks=infos,
             device=_device_name(),
             kernels=backend.description(),
-            num_threads=self.num_threads,
+            num_threads=rank.num_threads,
             load_s=time.monotonic() - begin,
         )
 
@@ -227,10 +321,13 @@ class Engine:
         plan: StepPlan | None = self.scheduler.plan_step(begin, max_prefill_tokens)
         if plan is None:
             return []
+        num_decodes = plan.nums.count(1)
+        num_prefill_tokens = sum(plan.nums) - num_decodes
+        self.before_step(self._pacer.expected_s(num_decodes, num_prefill_tokens), self.scheduler.request_ids(plan))
+        self._leader.broadcast(plan)
         deltas = self.scheduler.apply(self.runner.execute(plan), plan)
         self._step_s = time.monotonic() - begin
-        num_decodes = plan.nums.count(1)
-        self._pacer.observe(num_decodes, sum(plan.nums) - num_decodes, self._step_s)
+        self._pacer.observe(num_decodes, num_prefill_tokens, self._step_s)
         return deltas
 
     def stats(self) -> EngineStats:

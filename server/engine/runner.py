@@ -6,22 +6,27 @@ It lies on the host; on a GPU a step's inputs are copied there at once, the forw
 needs is prepared while it runs.
 """
 
+import time
+import traceback
+
 import numpy as np
 import torch
 
 from octavo.kernels.backend import device
 from octavo.kernels.program import Graphs, Program, graph_sizes
+from octavo.kernels.ranks import Ranks
 from octavo.kernels.sample import EDIT, ROW, Sampled, sample
 from octavo.models.batch import Activations, StepInputs, host_and_device
 from octavo.models.config import ModelConfig
 from octavo.models.llama import Llama
-from octavo.models.memory import LOGITS_ROWS, kv_block_shape
+from octavo.models.memory import LOGITS_ROWS, kv_block_shape, logits_shape
+from octavo.server.engine.faults import Faults
 from octavo.server.engine.plan import NewChoice, StepPlan, StepResult
 from octavo.server.engine.request import SamplingParams, TokenLogprobs
 
 
 class Runner:
-    """Executes step plans in order."""
+    """Executes step plans in order, the same ones on every rank. Rank 0 alone samples and has results."""
 
     def __init__(
         self,
@@ -33,19 +38,28 @@ class Runner:
         max_num_batched_tokens: int,
         max_model_len: int,
         use_graphs: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
-        """use_graphs: once warmed up, replay steps in which every choice decodes, filled up to one of a few sizes."""
-        self.model = model
+        """use_graphs: once warmed up, replay steps in which every choice decodes, filled up to one of a few sizes.
+
+        ranks: by default this rank is alone.
+        """
+        self.model, self._ranks = model, ranks or Ranks()
+        self.faults = Faults()  # none, unless a test asks for some
         self._block_size = block_size
         config: ModelConfig = model.config
-        shape = kv_block_shape(config, num_blocks, block_size)
+        shape = kv_block_shape(model.shard.local(config), num_blocks, block_size)
         # Zeros are written, so that the memory is there from the start.
         self.kv_caches = [
             torch.empty(shape, dtype=model.dtype, device=device()).zero_() for _ in range(config.num_layers)
         ]
         self._inputs = StepInputs(max_num_batched_tokens, max_num_seqs, -(-max_model_len // block_size))
-        self._activations = Activations.empty(config, max_num_batched_tokens, model.dtype)
-        self._logits = torch.empty((LOGITS_ROWS, config.vocab_size), dtype=torch.float32, device=device())
+        self._activations = Activations.empty(config, max_num_batched_tokens, model.dtype, model.shard, self._ranks)
+        self._widths = [len(peer.vocab(config)) for peer in model.shard.peers]  # of each rank's logits
+        self._own_logits = self._ranks.buffer(logits_shape(config, model.shard), torch.float32).view(-1)
+        self._own_token_ids = self._ranks.buffer((LOGITS_ROWS,), torch.int32)
+        whole = LOGITS_ROWS if self._ranks.num_ranks > 1 and self._ranks.rank == 0 else 0
+        self._logits = torch.empty((whole, config.vocab_size), dtype=torch.float32, device=device())
         largest = max_num_batched_tokens, max_num_seqs, max_num_batched_tokens, max_model_len
         self._forward = Program(self._launch, *largest)
         self._decode_sizes = graph_sizes(min(max_num_seqs, max_num_batched_tokens))
@@ -67,6 +81,7 @@ class Runner:
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step. Raises nothing for a single choice's sake: non-finite logits fail that choice alone."""
+        self.faults.begin_step("prefill" if max(plan.nums) > 1 else "decode")
         for choice in plan.new_choices:
             self._place(choice)
         for slot, blocks in plan.new_blocks:
@@ -83,8 +98,11 @@ class Runner:
             self._prompt_logprobs(result, plan, index, hidden[ends[index] - nums[index] : ends[index]])
         if len(sampled):
             self._sample(result, sampled, slots, starts + nums, hidden[self._inputs.part("sampled", len(sampled))])
-        elif device().type == "cuda":
+        else:
+            self._ranks.wait()
+        if not len(sampled) and device().type == "cuda":
             torch.cuda.synchronize()  # nothing else has waited: the inputs are free again, the step's duration is known
+        self.faults.end_step()
         return result
 
     def _launch(self, num_tokens: int, num_sequences: int, max_query_len: int, max_context_len: int) -> None:
@@ -150,26 +168,35 @@ class Runner:
             batch["places"][:num_tokens] = of_token.astype(np.int64) * self._token_rows.shape[1] + positions
         return num_tokens, num_sequences, int(nums.max()), max_context_len
 
-    def _sample_rows(self, hidden: torch.Tensor, rows: np.ndarray, edits: np.ndarray, allowed: np.ndarray) -> Sampled:
-        logits = self.model.logits(hidden[: len(rows)], self._logits[: len(rows)])
-        return sample(logits, rows, self._tokens, edits, allowed)
+    def _sample_rows(
+        self, hidden: torch.Tensor, rows: np.ndarray, edits: np.ndarray, allowed: np.ndarray
+    ) -> Sampled | None:
+        """On ranks but the first: None."""
+        width = self._widths[self._ranks.rank]
+        own_logits = self._own_logits[: len(rows) * width].view(len(rows), width)
+        self.model.logits(hidden[: len(rows)], own_logits)
+        logits = self._ranks.gather(own_logits, self._widths, self._logits[: len(rows)])
+        return sample(logits, rows, self._tokens, edits, allowed) if self._ranks.rank == 0 else None
 
     def _sample(
         self, result: StepResult, indices: np.ndarray, slots: np.ndarray, lens: np.ndarray, hidden: torch.Tensor
     ) -> None:
         """The next token of each plan index in `indices`; lens: tokens of every plan index after this step."""
+        self.faults.at("sampling")
         rows = self._rows[slots[indices]]
         rows["total_len"] = lens[indices]
-        edits, allowed = self._edits(rows)
+        edits, allowed, broken = self._edits(rows)
+        result.failed += indices[broken].tolist()
         for begin in range(0, len(rows), LOGITS_ROWS):
             part = rows[begin : begin + LOGITS_ROWS]
             out = self._sample_rows(hidden[begin:], part, edits, allowed)
-            failed = out.token_ids < 0
-            token_ids = np.where(failed, 0, out.token_ids)
+            token_ids = self._agree_on(None if out is None else np.maximum(out.token_ids, 0), len(part))
             fits = part["total_len"] < self._token_rows.shape[1]
             self._token_rows[part["slot"][fits], part["total_len"][fits]] = token_ids[fits]
+            if out is None:
+                continue
             result.token_ids += token_ids.tolist()
-            result.failed += indices[begin : begin + LOGITS_ROWS][failed].tolist()
+            result.failed += indices[begin : begin + LOGITS_ROWS][out.token_ids < 0].tolist()
             for i in np.flatnonzero(part["num_top"] >= 0):
                 top = part["num_top"][i]
                 result.logprobs[int(indices[begin + i])] = TokenLogprobs(
@@ -178,22 +205,39 @@ class Runner:
                     list(zip(out.top_ids[i, :top].tolist(), out.top_logprobs[i, :top].tolist(), strict=True)),
                 )
 
-    def _edits(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What is added to logits, and the sets of allowed ids, of those rows that have such options."""
+    def _agree_on(self, token_ids: np.ndarray | None, count: int) -> np.ndarray:
+        """Rank 0's token ids, on every rank; the step's last collective."""
+        if token_ids is not None and self._ranks.num_ranks == 1:
+            return token_ids
+        told = self._own_token_ids[:count]
+        if token_ids is not None:
+            told.copy_(torch.from_numpy(token_ids))
+        self._ranks.broadcast(told)
+        return told.cpu().numpy()
+
+    def _edits(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[int]]:
+        """What is added to logits, and the sets of allowed ids, of those rows that have such options.
+
+        Also the rows for which that failed: whatever their tokens are, they are not what was asked for.
+        """
         edits: list[tuple[int, float]] = []
         allowed: list[int] = []
+        broken: list[int] = []
         if self._special:
-            for row in rows:
+            for index, row in enumerate(rows):
                 if (slot := int(row["slot"])) in self._special:
                     params = self._params[slot]
                     assert params is not None
                     row["edits_begin"], row["allowed_begin"] = len(edits), len(allowed)
-                    edits += params.logit_bias
                     length, prompt_len = int(row["total_len"]), int(row["prompt_len"])
-                    edits += _banned(params, self._token_rows[slot, prompt_len:length])
+                    try:
+                        edits += [*params.logit_bias, *_banned(params, self._token_rows[slot, prompt_len:length])]
+                    except Exception:
+                        traceback.print_exc()
+                        broken.append(index)
                     allowed += params.allowed_token_ids
                     row["edits_end"], row["allowed_end"] = len(edits), len(allowed)
-        return np.array(edits, EDIT), np.array(allowed, np.int32)
+        return np.array(edits, EDIT), np.array(allowed, np.int32), broken
 
     def _prompt_logprob_indices(self, plan: StepPlan) -> list[int]:
         if not self._wants_prompt_logprobs:
@@ -214,21 +258,27 @@ class Runner:
         rows["target"] = targets
         rows["num_top"] = params.prompt_logprobs
         found: list[TokenLogprobs] = []
+        is_finite = True
         none = np.array([], EDIT), np.array([], np.int32)
         for begin in range(0, len(rows), LOGITS_ROWS):
             part = rows[begin : begin + LOGITS_ROWS]
             out = self._sample_rows(hidden[begin:], part, *none)
+            if out is None:
+                continue
             if (out.token_ids < 0).any():
-                result.failed.append(index)
-                return
+                is_finite = False
             columns = (out.token_ids, out.logprobs, out.top_ids, out.top_logprobs)
             for token_id, logprob, top_ids, top in zip(*(column.tolist() for column in columns), strict=True):
                 found.append(TokenLogprobs(token_id, logprob, list(zip(top_ids, top, strict=True))))
-        result.prompt_logprobs[index] = found
+        if is_finite:
+            result.prompt_logprobs[index] = found
+        else:
+            result.failed.append(index)
 
-    def warm_up(self, num_tokens: int) -> None:
+    def warm_up(self, num_tokens: int) -> float:
         """Touch what a step uses: one prefill of `num_tokens` tokens and one decode, on blocks that nobody owns yet.
 
+        Returns the seconds that the prefill took.
         On a GPU every kernel is compiled before, and graphs are captured after.
         """
         if device().type == "cuda":
@@ -236,12 +286,15 @@ class Runner:
         num_tokens = min(num_tokens, self._tokens.shape[1] - 1)
         choice = NewChoice(0, 0, [0] * num_tokens, num_tokens, SamplingParams(max_tokens=2, temperature=0.0), False)
         blocks = list(range(-(-(num_tokens + 1) // self._block_size)))
+        begin_s = time.monotonic()
         self.execute(StepPlan(0, 0, [choice], [(0, blocks)], [0], [0], [num_tokens], [True]))
+        prefill_s = time.monotonic() - begin_s
         self.execute(StepPlan(0, 0, [], [], [0], [num_tokens], [1], [True]))
         if self._use_graphs:
             self._inputs.pad_decodes(0, self._decode_sizes[-1])
             self._inputs.copy_to_device(self._decode_sizes[-1])
             self._graphs = Graphs(lambda size: self._launch(size, size, 1, self._tokens.shape[1]), self._decode_sizes)
+        return prefill_s
 
     def compile_kernels(self) -> None:
         """Launch each of Triton's kernels in every form that a step may need, so that none is compiled meanwhile.

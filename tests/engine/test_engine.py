@@ -81,6 +81,18 @@ def test_what_executes_gpu_kernels_cannot_be_imported(lacks: str, monkeypatch: p
             choose_device("cpu", "batch")
 
 
+def test_ranks_have_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(backend, "select", lambda *_, **__: None)
+    choose_device("auto", "batch", rank=1, num_ranks=2)
+    assert chosen == [1]
+    with pytest.raises(StartupError, match="--tensor-parallel-size is 3, but the GPUs that torch sees are 2"):
+        choose_device("auto", "batch", rank=0, num_ranks=3)
+
+
 def test_kernels_for_a_cpu_are_not_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("OCTAVO_KERNELS", "torch")

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from model_tensors import tensors_of
 from tiny_models import TINY_MODELS
 from tqdm import tqdm
 
-from octavo.kernels.matmul import PackedWeight
 from octavo.models.batch import Activations, ForwardBatch
 from octavo.models.checkpoint import SafetensorsCheckpoint
 from octavo.models.config import read_config
@@ -117,28 +117,9 @@ def test_memory_functions_predict_what_is_allocated(name: str, tiny_checkpoint: 
     config = read_config(folder)
     for dtype in (torch.float32, torch.bfloat16):
         model = Llama(config, dtype, MAX_LEN)
-        allocated = sum(tensor.nbytes for tensor in _tensors(model)) - model.cos_sin.nbytes
+        allocated = sum(tensor.nbytes for tensor in tensors_of(model)) - model.cos_sin.nbytes
         assert allocated == weight_bytes(config, dtype)
         cache = torch.empty(kv_block_shape(config, 7, 16), dtype=dtype)
         assert cache.nbytes * config.num_layers == 7 * kv_block_bytes(config, 16, dtype)
     stored = transformers.AutoModelForCausalLM.from_pretrained(folder)
     assert num_parameters(config) == sum(p.numel() for p in stored.parameters())
-
-
-def _tensors(root: object) -> list[torch.Tensor]:
-    """Every tensor that a model holds, each once."""
-    found: dict[int, torch.Tensor] = {}
-    seen: set[int] = set()
-    todo = [root]
-    while todo:
-        item = todo.pop()
-        if isinstance(item, torch.Tensor):
-            found[item.data_ptr()] = item
-        elif isinstance(item, PackedWeight):
-            todo.append(item.data)
-        elif isinstance(item, list):
-            todo += item
-        elif type(item).__module__.startswith("octavo.models") and id(item) not in seen and hasattr(item, "__dict__"):
-            seen.add(id(item))
-            todo += vars(item).values()
-    return list(found.values())

@@ -1,0 +1,104 @@
+"""The launcher: `python -m octavo.server.engine.launcher FD PARENT_PID`; FD is a socket it inherits.
+
+Has imported what ranks need, and forks them: those of an epoch start at once, and share the memory that the imports
+take. It has no threads, nor ever touches a GPU, so that what it forks is as good as a fresh process. Ranks die with it,
+it dies with the front end. It and they are started with SIGINT and SIGTERM blocked.
+"""
+
+import ctypes
+import gc
+import json
+import os
+import signal
+import socket
+import sys
+import traceback
+from contextlib import suppress
+from typing import NoReturn
+
+from octavo.server.config import EngineConfig
+from octavo.server.engine.peers import Place
+from octavo.server.engine.process import run_rank
+from octavo.server.engine.progress import Progress
+
+MAX_REQUEST_BYTES = 1 << 16
+PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Have the kernel kill this process when its parent ends, however that happens (Linux)."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:  # the parent ended before the call
+        os._exit(1)
+
+
+def main() -> int:
+    """Serves until the front end closes the socket."""
+    die_with_parent(int(sys.argv[2]))
+    front_end = socket.socket(fileno=int(sys.argv[1]))
+    # Nothing loaded so far is ever garbage, and pages that the collector does not write to stay shared.
+    gc.collect()
+    gc.freeze()
+    while True:
+        request, descriptors, _, _ = socket.recv_fds(front_end, MAX_REQUEST_BYTES, 2)
+        if not request:
+            return 0
+        _reap()
+        _launch(front_end, request, socket.socket(fileno=descriptors[0]), Progress(descriptors[1]))
+
+
+def _reap() -> None:
+    """Forget the ranks of epochs before. Until here their ids cannot become another process's."""
+    with suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+def _launch(front_end: socket.socket, request: bytes, channel: socket.socket, progress: Progress) -> None:
+    """Fork the ranks that `request` describes; tell the front end who they are.
+
+    channel: rank 0's to the front end; progress: the page on which rank 0 shows itself to it.
+    """
+    told = json.loads(request)
+    config, epoch = EngineConfig.from_json(told["config"]), told["epoch"]
+    num_ranks = config.tensor_parallel_size
+    memory = os.memfd_create("octavo") if num_ranks > 1 else -1
+    leaders, followers = [], []  # ends of the socket pairs that join rank 0 to the others
+    for _ in range(1, num_ranks):
+        ours, theirs = socket.socketpair()
+        leaders.append(ours)
+        followers.append(theirs)
+    parent, pids = os.getpid(), []
+    for rank in range(num_ranks):
+        if (pid := os.fork()) == 0:
+            channels = [followers[rank - 1]] if rank else leaders
+            for one in (front_end, *([channel] if rank else []), *leaders, *followers):
+                if one not in channels:
+                    one.close()
+            _be_rank(parent, config, Place(rank, num_ranks, epoch, memory, channels), channel, progress)
+        pids.append(pid)
+    pidfds = []
+    with suppress(OSError, AttributeError):  # an old kernel, or a Python built for one
+        pidfds = [os.pidfd_open(pid) for pid in pids]
+    socket.send_fds(front_end, [json.dumps({"epoch": epoch, "pids": pids}).encode()], pidfds)
+    for descriptor in [*pidfds, *([memory] if memory >= 0 else [])]:
+        os.close(descriptor)
+    progress.close()
+    for one in (channel, *leaders, *followers):
+        one.close()
+
+
+def _be_rank(parent: int, config: EngineConfig, place: Place, channel: socket.socket, progress: Progress) -> NoReturn:
+    status = 1
+    try:
+        die_with_parent(parent)
+        status = run_rank(config, place, channel, progress)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
