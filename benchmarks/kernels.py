@@ -29,6 +29,15 @@ from octavo.kernels.all_reduce import all_reduce
 from octavo.kernels.checks import compute_dtypes
 from octavo.kernels.embedding import embedding
 from octavo.kernels.matmul import PackedWeight, empty_packed, gated_matmul, matmul
+from octavo.kernels.matmul_4bit import (
+    CodeFormat,
+    Packed4Bit,
+    dequantize_4bit,
+    empty_packed_4bit,
+    gated_matmul_4bit,
+    matmul_4bit,
+    packed_4bit_bytes,
+)
 from octavo.kernels.paged_attention import BLOCK_SIZES, paged_attention
 from octavo.kernels.ranks import Ranks
 from octavo.kernels.rms_norm import rms_norm
@@ -97,6 +106,8 @@ SHAPES = {
 }
 LOADS = {"decode 1": Load(1, 1, 1024), "decode 32": Load(32, 1, 1024), "prefill 512": Load(1, 512, 512)}
 NUM_RANKS = 2  # of the all-reduce
+CODEBOOK = CodeFormat(tuple((code / 7.5 - 1) ** 3 for code in range(16)), 64)  # as NF4
+ZERO_POINTS = CodeFormat(tuple(map(float, range(16))), 32, torch.float16, "zero")
 FLUSH_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}  # on a GPU long enough for the host to launch the op meanwhile
 GPU_MATMUL_SIZE = 8192
 
@@ -124,6 +135,35 @@ def _matmul(op: str, m: int, n: int, k: int, dtype: torch.dtype, out_dtype: torc
         return lambda: gated_matmul(x, weight) if gated else matmul(x, weight, out_dtype=out_dtype)
 
     return Work(op, (n * k + m * k) * dtype.itemsize + out_size, 2 * m * n * k, prepare)
+
+
+def _weight_4bit(n: int, k: int, dtype: torch.dtype, form: CodeFormat, num_parts: int = 1) -> Packed4Bit:
+    weight = empty_packed_4bit(n, k, dtype, form, num_parts)
+    scales = (_random((n // num_parts, k // form.group_size), torch.float32).abs() + 0.1) / 16
+    for part in range(num_parts):
+        codes = torch.randint(16, (n // num_parts, k), dtype=torch.uint8)
+        zeros = torch.full_like(scales, 7) if form.shift else None
+        weight.write_rows(part * len(scales), codes, scales, zeros)
+    return weight
+
+
+def _matmul_4bit(op: str, m: int, n: int, k: int, dtype: torch.dtype, form: CodeFormat) -> Work:
+    gated = op.startswith("gated")
+
+    def prepare() -> Callable[[], object]:
+        x, weight = _random((m, k), dtype), _weight_4bit(n, k, dtype, form, 2 if gated else 1)
+        return lambda: gated_matmul_4bit(x, weight) if gated else matmul_4bit(x, weight)
+
+    rows_bytes = (m * k + m * n // (2 if gated else 1)) * dtype.itemsize
+    return Work(op, packed_4bit_bytes(n, k, form) + rows_bytes, 2 * m * n * k, prepare)
+
+
+def _dequantize_4bit(n: int, k: int, dtype: torch.dtype, form: CodeFormat) -> Work:
+    def prepare() -> Callable[[], object]:
+        weight = _weight_4bit(n, k, dtype, form)
+        return lambda: dequantize_4bit(weight)
+
+    return Work("dequantize_4bit, down", packed_4bit_bytes(n, k, form) + n * k * dtype.itemsize, 2 * n * k, prepare)
 
 
 def _cache(shape: Shape, load: Load, types: Types) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -257,6 +297,9 @@ def works(shape: Shape, load: Load, types: Types) -> list[Work]:
         _matmul("gated_matmul", m, 2 * shape.intermediate, shape.hidden, dtype),
         _matmul("matmul, down", m, shape.hidden, shape.intermediate, dtype),
         _matmul("matmul, logits", load.num_sequences, shape.vocab, shape.hidden, dtype, torch.float32),
+        _matmul_4bit("gated_matmul_4bit", m, 2 * shape.intermediate, shape.hidden, dtype, CODEBOOK),
+        _matmul_4bit("matmul_4bit, down", m, shape.hidden, shape.intermediate, dtype, ZERO_POINTS),
+        _dequantize_4bit(shape.hidden, shape.intermediate, dtype, ZERO_POINTS),
         _attention(shape, load, types),
         _rotary(shape, load, types),
         _rms_norm(shape, load, dtype),

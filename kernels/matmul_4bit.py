@@ -169,13 +169,13 @@ def dequantize_4bit(weight: Packed4Bit, out: Tensor | None = None) -> Tensor:
                 weight.plain_codes(), weight.table, weight.scales, weight.offsets, form.shift, weight.dtype
             )
         )
-    from octavo.kernels.gpu import dequantize_4bit as gpu  # type: ignore[attr-defined]
+    from octavo.kernels.gpu import dequantize_4bit as gpu
 
     gpu.launch(weight, out)
     return out
 
 
 def _launch(x: Tensor, weight: Packed4Bit, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> None:
-    from octavo.kernels.gpu import matmul_4bit as gpu  # type: ignore[attr-defined]
+    from octavo.kernels.gpu import matmul_4bit as gpu
 
     gpu.launch(x, weight, bias, residual, out, gated=weight.num_parts == 2)

@@ -160,7 +160,7 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
         if value % 16:
             raise ConfigError(f"{name} is {value}, expected a multiple of 16")
     attention_bias = _flag(raw, "attention_bias")
-    rope = _rope(raw, head_size)
+    rope = _rope(raw)
     return ModelConfig(
         architecture=architecture,
         dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
@@ -231,19 +231,13 @@ def _windows(raw: Mapping[str, Any], architecture: str, layers: int) -> tuple[in
     return tuple(kinds[kind] for kind in types)
 
 
-def _rope(raw: Mapping[str, Any], head_size: int) -> RopeConfig:
+def _rope(raw: Mapping[str, Any]) -> RopeConfig:
     scaling: dict[str, Any] = {}
     for name in ("rope_parameters", "rope_scaling"):  # the new name, the old one
         if not isinstance(given := raw.get(name) or {}, dict):
             raise ConfigError(f"{name}: expected an object")
         scaling |= {key: value for key, value in given.items() if value is not None}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    theta = _number(scaling if "rope_theta" in scaling else raw, "rope_theta", 10000.0)
-    if kind == "factors":  # of GGUF files alone
-        factors = scaling.get("factors")
-        if not isinstance(factors, list) or [0 < factor < 1e12 for factor in factors] != [True] * (head_size // 2):
-            raise ConfigError(f"rope factors: expected {head_size // 2} positive numbers")
-        return RopeConfig(theta, kind, factors=tuple(factors))
     if kind not in ("default", "linear", "llama3", "yarn"):
         raise ConfigError(f"rope type {kind!r} is not supported; supported: default, linear, llama3, yarn")
     for key in scaling:
@@ -254,6 +248,7 @@ def _rope(raw: Mapping[str, Any], head_size: int) -> RopeConfig:
     for holder in (raw, scaling):
         if (part := holder.get("partial_rotary_factor")) not in (None, 1):
             raise ConfigError(f"partial_rotary_factor is {part!r}, expected 1: these models rotate whole heads")
+    theta = _number(scaling if "rope_theta" in scaling else raw, "rope_theta", 10000.0)
     if kind == "yarn" and theta <= 1:
         raise ConfigError(f"rope_theta is {theta}, expected more than 1 with rope type yarn")
     max_position = _size(raw, "max_position_embeddings", 2048)

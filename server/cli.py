@@ -32,6 +32,10 @@ RANGES: dict[str, tuple[float, float]] = {
     "kv_cache_memory_bytes": (1, inf),
     "gpu_memory_utilization": (0.05, 1),
     "tensor_parallel_size": (1, 8),
+    "step_deadline": (0, 86400),
+    "max_recovery_time": (0, 86400),
+    "max_faults": (0, 10**6),
+    "canary_interval": (0, 86400),
     "port": (0, 65535),
     "seed": (0, 2**64 - 1),
     "max_num_queued_reqs": (0, inf),
@@ -112,7 +116,7 @@ def serve_flags() -> list[Flag]:
     hints = get_type_hints(ServerConfig)
     flags = []
     for f in fields(ServerConfig):
-        if f.metadata.get("positional"):
+        if f.metadata.get("positional") or f.metadata.get("hidden"):
             continue
         hint = hints[f.name]
         repeatable = getattr(hint, "__origin__", None) is tuple
@@ -191,6 +195,7 @@ def build_parser() -> _Parser:
     )
     for flag in serve_flags():
         _add_flag(serve, flag)
+    serve.add_argument("--test-faults", action="store_true", help=argparse.SUPPRESS)
 
     pull = verb(
         "pull", _pull, "fetch a model once and print its folder", "[NAME]", "HuggingFaceTB/SmolLM2-360M-Instruct"
@@ -258,6 +263,10 @@ def _serve(args: argparse.Namespace) -> int:
     from octavo.server.serve import run
 
     given = {flag.field: getattr(args, flag.field) for flag in serve_flags() if hasattr(args, flag.field)}
+    if faults := os.environ.get("OCTAVO_FAULTS"):
+        if not hasattr(args, "test_faults"):
+            raise StartupError("OCTAVO_FAULTS is set, which is for tests alone: with --test-faults")
+        given["faults"] = faults
     if "api_key" in given:
         given["api_key"] = tuple(given["api_key"])
     return run(ServerConfig(model=str(resolve_model(getattr(args, "model", None))), **given))

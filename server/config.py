@@ -63,6 +63,8 @@ class EngineConfig:
         choices=("batch", "ranks", "fast"),
     )
 
+    faults: str = field(default="", metadata={"hidden": True})  # folder of `engine.faults`, for tests alone
+
     def to_json(self) -> str:
         """The configuration as one line of JSON."""
         return json.dumps(asdict(self))
@@ -74,7 +76,29 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class ServerConfig(EngineConfig):
+class SupervisorConfig(EngineConfig):
+    """What it takes to keep an engine alive."""
+
+    step_deadline: float = flag(
+        2.0,
+        "seconds without progress after which an engine is replaced; 8 times what it expects of a step, where that is "
+        "more; 0: never",
+    )
+    max_recovery_time: float = flag(
+        300.0, "most seconds from an engine's fault until another is ready; past it the server exits with status 70"
+    )
+    max_faults: int = flag(10, "most faults of engines within 10 minutes; past it the server exits with status 70")
+    canary_interval: float = flag(
+        300.0, "seconds after which an engine is asked again what the first one has answered; 0: never"
+    )
+
+    def engine(self) -> EngineConfig:
+        """The part that the engine process gets."""
+        return EngineConfig(**{f.name: getattr(self, f.name) for f in fields(EngineConfig)})
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig(SupervisorConfig):
     """Everything `octavo serve` is told."""
 
     host: str = flag("127.0.0.1", "address to listen on; 0.0.0.0 for all")
@@ -91,10 +115,6 @@ class ServerConfig(EngineConfig):
     enable_prompt_tokens_details: bool = flag(False, "report cached prompt tokens in usage")
     metrics_prefix: str = flag("octavo:", "prefix of metric names; vllm: keeps dashboards made for vLLM working")
     log_level: str = flag("info", "how much to log", choices=("debug", "info", "warning", "error"))
-
-    def engine(self) -> EngineConfig:
-        """The part that the engine process gets."""
-        return EngineConfig(**{f.name: getattr(self, f.name) for f in fields(EngineConfig)})
 
     @property
     def model_name(self) -> str:

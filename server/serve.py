@@ -42,6 +42,7 @@ SEND_TIMEOUT_S = 60.0  # for a client to make room for more of its response
 MAX_HEADER_BYTES = 64 << 10
 KEEP_ALIVE_S = 75
 _UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
+GIVEN_UP = 70
 SPARE_FILES = 64  # descriptors left for everything that is not a client's connection
 
 
@@ -137,8 +138,8 @@ class HttpProtocol(HttpToolsProtocol):
 def run(config: ServerConfig) -> int:
     """Serves until SIGTERM or SIGINT. `config.model` is a local folder or a GGUF file.
 
-    Returns the exit status: 0 if every request that was accepted was also finished, 1 if some were cut or the engine
-    died. Raises StartupError.
+    Returns the exit status: 0 if every request that was accepted was also finished, 1 if some were cut, GIVEN_UP where
+    no engine could be had any more. Raises StartupError.
     """
     _log_to_stderr(config.log_level)
     config = replace(config, api_key=load_keys(config))
@@ -151,7 +152,7 @@ def run(config: ServerConfig) -> int:
 
 
 async def _serve(config: ServerConfig, tokenizer: Tokenizer, listener: socket.socket) -> int:
-    client = EngineClient(config.engine())
+    client = EngineClient(config)
     app = create_app(config, tokenizer, client)
     state: State = app.state.server
     http = uvicorn.Server(
@@ -182,9 +183,8 @@ async def _serve(config: ServerConfig, tokenizer: Tokenizer, listener: socket.so
         if await _run_until_stopped(state, stop):
             logger.info("stopping: %d requests run, up to %g s", state.num_requests, config.shutdown_timeout)
             return 0 if await state.drain(config.shutdown_timeout) else 1
-        logger.error("the engine died; stopping")
         await state.drain(1.0)
-        return 1
+        return GIVEN_UP
     finally:
         await http.shutdown(sockets=[listener])
         state.admission.close()
@@ -250,7 +250,7 @@ async def _start_engine(client: EngineClient, stop: asyncio.Event) -> bool:
 
 
 async def _run_until_stopped(state: State, stop: asyncio.Event) -> bool:
-    """Waits and logs statistics while something runs. True: told to stop. False: the engine died."""
+    """Waits and logs statistics while something runs. True: told to stop. False: the engine is given up."""
     before, before_s = replace(state.engine.stats), time.monotonic()
     while state.engine.state != "dead":
         try:

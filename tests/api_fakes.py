@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import httpx
 from fastapi import FastAPI
@@ -18,7 +18,8 @@ from octavo.server.api.state import State
 from octavo.server.config import ServerConfig
 from octavo.server.engine.channel import EngineInfo, EngineStats, RankInfo, StepOutput
 from octavo.server.engine.request import Delta, FinishReason, GenerationRequest, TokenLogprobs
-from octavo.server.errors import EngineError
+from octavo.server.engine.supervisor import EngineState, Recovery
+from octavo.server.errors import EngineError, OctavoError
 from octavo.server.text.tokenizer import Tokenizer
 
 TEMPLATE = (
@@ -53,8 +54,10 @@ class FakeEngine:
 
     script: Callable[[GenerationRequest, int], list[int]]
     step_size: int = 1
-    state: Literal["starting", "ok", "stalled", "dead"] = "ok"
+    state: EngineState = "ok"
     on_step: Callable[[StepOutput], None] | None = None
+    on_wait: Callable[[], None] | None = None
+    on_recovered: Callable[[Recovery], None] | None = None
     stats: EngineStats = field(default_factory=EngineStats)
     info: EngineInfo = field(
         default_factory=lambda: EngineInfo(
@@ -91,7 +94,7 @@ class FakeEngine:
         self,
         request: GenerationRequest,
         on_deltas: Callable[[list[Delta]], None],
-        on_error: Callable[[EngineError], None],
+        on_error: Callable[[OctavoError], None],
     ) -> None:
         """As the engine's client does it."""
         self.requests.append(request)
@@ -108,7 +111,7 @@ class FakeEngine:
         self,
         request: GenerationRequest,
         on_deltas: Callable[[list[Delta]], None],
-        on_error: Callable[[EngineError], None],
+        on_error: Callable[[OctavoError], None],
     ) -> None:
         self.num_running += 1
         try:

@@ -33,15 +33,23 @@ EXPLAINED = ROOT / "tests" / "gpu" / "surviving_mutants.txt"
 TESTS = {  # of which kernel, as arguments of pytest
     "activation_mul": ["tests/gpu/test_activation_mul.py"],
     "all_reduce": ["tests/gpu/test_all_reduce.py"],
+    "dequantize_4bit": ["tests/gpu/test_dequantize_4bit.py"],
     "embedding": ["tests/gpu/test_embedding.py"],
     "math": ["tests/gpu/test_sample.py", "-k", "exp_and_log"],
     "matmul": ["tests/gpu/test_matmul.py"],
+    "matmul_4bit": ["tests/gpu/test_matmul_4bit.py"],
     "paged_attention": ["tests/gpu/test_paged_attention.py"],
     "rms_norm": ["tests/gpu/test_rms_norm.py"],
     "rotary_kv_write": ["tests/gpu/test_rotary_kv_write.py"],
     "sample": ["tests/gpu/test_sample.py"],
 }
-SAME_BITS = ("math", "rotary_kv_write", "sample")  # have the bits of native ops: the least fault must be seen
+SAME_BITS = (
+    "dequantize_4bit",
+    "math",
+    "matmul_4bit",
+    "rotary_kv_write",
+    "sample",
+)  # have the bits of native ops: the least fault must be seen
 
 OPERATORS: dict[type[ast.AST], type[ast.AST]] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,

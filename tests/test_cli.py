@@ -47,7 +47,7 @@ def test_help_names_every_verb_and_flag() -> None:
     serve = octavo("serve", "--help")
     assert serve.returncode == 0 and "example:\n  octavo serve " in serve.stdout
     for f in fields(ServerConfig):
-        if not f.metadata.get("positional"):
+        if not (f.metadata.get("positional") or f.metadata.get("hidden")):
             assert "--" + f.name.replace("_", "-") in serve.stdout
     assert "(default: 8000)" in serve.stdout and "(default: 0.9)" in serve.stdout and "(default: on)" in serve.stdout
 

@@ -22,7 +22,10 @@ SHARED = frozenset({"octavo.server.errors", "octavo.server.config"})
 PURE = frozenset(
     f"octavo.server.engine.{name}" for name in ("request", "plan", "block_pool", "prefix_cache", "scheduler")
 )
-ASKING = frozenset(f"octavo.server.engine.{name}" for name in ("client", "channel", "journal", "request"))
+ASKING = frozenset(
+    f"octavo.server.engine.{name}"
+    for name in ("client", "supervisor", "epoch", "group", "progress", "known_answer", "channel", "journal", "request")
+)
 
 # Module prefix -> (prefixes of ours that it may import, prefixes of others that it must not). The first row that fits
 # a module counts. Where the second entry is None, only the pure part of the standard library may be imported.
@@ -38,8 +41,13 @@ RULES: list[tuple[str, frozenset[str], frozenset[str] | None]] = [
     ("octavo.server.engine.scheduler", PURE, None),
     ("octavo.server.engine.channel", frozenset({"octavo.server.engine.request"}), HTTP | MODEL),
     ("octavo.server.engine.journal", ASKING | SHARED, HTTP | MODEL),
-    ("octavo.server.engine.group", SHARED, HTTP | MODEL | {"asyncio"}),
-    ("octavo.server.engine.client", ASKING | SHARED | {"octavo.server.engine.group"}, HTTP | MODEL),
+    ("octavo.server.engine.progress", frozenset(), None),
+    ("octavo.server.engine.faults", frozenset(), None),
+    ("octavo.server.engine.group", SHARED | {"octavo.server.engine.progress"}, HTTP | MODEL | {"asyncio"}),
+    ("octavo.server.engine.known_answer", ASKING, HTTP | MODEL | {"asyncio"}),
+    ("octavo.server.engine.epoch", ASKING | SHARED, HTTP | MODEL),
+    ("octavo.server.engine.supervisor", ASKING | SHARED, HTTP | MODEL),
+    ("octavo.server.engine.client", ASKING | SHARED, HTTP | MODEL),
     (
         "octavo.server.engine",  # what runs in the engine process
         SHARED | {"octavo.server.engine", "octavo.models", "octavo.kernels"},

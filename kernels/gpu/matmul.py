@@ -18,6 +18,53 @@ from torch import Tensor
 from octavo.kernels.gpu.variant import Variant
 
 
+@triton.jit
+def first_of_tile(num_rows, num_cols, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """The first row and column of this program's tile.
+
+    Programs that run at the same time share rows of x and of the weight in the cache: GROUP_M tiles of rows take turns,
+    then comes the next tile of columns.
+    """
+    num_tiles_m = tl.cdiv(num_rows, BLOCK_M)
+    group_size = GROUP_M * tl.cdiv(num_cols, BLOCK_N)
+    group, place = tl.program_id(0) // group_size, tl.program_id(0) % group_size
+    group_m = tl.minimum(num_tiles_m - group * GROUP_M, GROUP_M)
+    return (group * GROUP_M + place % group_m).to(tl.int64) * BLOCK_M, (place // group_m).to(tl.int64) * BLOCK_N
+
+
+@triton.jit
+def store_tile(
+    sums,
+    up_sums,
+    bias_ptr,
+    residual_ptr,
+    out_ptr,
+    first_row,
+    first_col,
+    num_rows,
+    num_cols,
+    GATED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """out = sums + bias + residual, or silu(gate) * up with the halves of sums + bias."""
+    rows, cols = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    row_mask, col_mask = rows < num_rows - first_row, cols < num_cols - first_col
+    if bias_ptr is not None:
+        sums += tl.load(bias_ptr + first_col + cols, mask=col_mask, other=0.0)[None, :]
+        if GATED:
+            up_sums += tl.load(bias_ptr + num_cols + first_col + cols, mask=col_mask, other=0.0)[None, :]
+    if GATED:
+        sums = sums / (1.0 + tl.exp(-sums)) * up_sums
+    sums += 0.0  # a sum of -0 stays so or becomes 0, as k is padded or not: let it be 0
+    first = first_row * num_cols + first_col
+    places = rows[:, None] * num_cols + cols[None, :]
+    mask = row_mask[:, None] & col_mask[None, :]
+    if residual_ptr is not None:
+        sums += tl.load(residual_ptr + first + places, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + first + places, sums.to(out_ptr.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def matmul_kernel(
     x_ptr,
@@ -40,16 +87,9 @@ def matmul_kernel(
 
     x: [num_rows, k]; weight: [num_cols, k], gated [2 * num_cols, k]; out and residual: [num_rows, num_cols].
     """
-    # Programs that run at the same time share rows of x and of the weight in the cache: GROUP_M tiles of rows take
-    # turns, then comes the next tile of columns.
-    num_tiles_m = tl.cdiv(num_rows, BLOCK_M)
-    group_size = GROUP_M * tl.cdiv(num_cols, BLOCK_N)
-    group, place = tl.program_id(0) // group_size, tl.program_id(0) % group_size
-    group_m = tl.minimum(num_tiles_m - group * GROUP_M, GROUP_M)
-    first_row = (group * GROUP_M + place % group_m).to(tl.int64) * BLOCK_M
-    first_col = (place // group_m).to(tl.int64) * BLOCK_N
+    first_row, first_col = first_of_tile(num_rows, num_cols, BLOCK_M, BLOCK_N, GROUP_M)
     rows, cols, offsets = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
-    row_mask, col_mask = rows < num_rows - first_row, cols < num_cols - first_col
+    row_mask = rows < num_rows - first_row
 
     # Registers are short: offsets inside a tile fit 32 bits, and columns that do not exist repeat the last one, which
     # takes no mask. Rows are masked instead: where they are few, their loads would compete with the weight's.
@@ -68,19 +108,20 @@ def matmul_kernel(
         if GATED:
             up = tl.load(up_ptr + begin + weight_offsets, mask=k_mask, other=0.0)
             up_sums = tl.dot(x, up.T, up_sums, input_precision="ieee")
-
-    if bias_ptr is not None:
-        sums += tl.load(bias_ptr + first_col + cols, mask=col_mask, other=0.0)[None, :]
-        if GATED:
-            up_sums += tl.load(bias_ptr + num_cols + first_col + cols, mask=col_mask, other=0.0)[None, :]
-    if GATED:
-        sums = sums / (1.0 + tl.exp(-sums)) * up_sums
-    first = first_row * num_cols + first_col
-    places = rows[:, None] * num_cols + cols[None, :]
-    mask = row_mask[:, None] & col_mask[None, :]
-    if residual_ptr is not None:
-        sums += tl.load(residual_ptr + first + places, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + first + places, sums.to(out_ptr.dtype.element_ty), mask=mask)
+    store_tile(
+        sums,
+        up_sums,
+        bias_ptr,
+        residual_ptr,
+        out_ptr,
+        first_row,
+        first_col,
+        num_rows,
+        num_cols,
+        GATED,
+        BLOCK_M,
+        BLOCK_N,
+    )
 
 
 @dataclass(frozen=True, slots=True)

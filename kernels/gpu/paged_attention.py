@@ -297,8 +297,10 @@ def config_of(dtype: torch.dtype, cache_dtype: torch.dtype, head_size: int, rows
     is_decode, is_large, is_quantised = rows_per_sequence <= 16, block_d > 128, cache_dtype != dtype
     num_warps = 4 if block_d <= (128 if is_decode == is_quantised else 64) else 8
     max_registers = 255
-    if is_decode and not is_large and not is_quantised:
-        max_registers = 168 if num_warps == 4 else 128  # three programs on a processor, or two
+    if not is_quantised and block_d <= 64:
+        max_registers = 168  # three programs on a processor
+    elif not is_quantised and block_d <= 128 and is_decode:
+        max_registers = 128  # two, of twice as many warps
     return Config(16 if is_decode else 32, 32 if is_large else 64, num_warps, 4 if is_quantised else 3, max_registers)
 
 

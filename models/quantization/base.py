@@ -55,8 +55,8 @@ class Quantization:
     has_orders = False  # whether `order` ever gives one
 
     def format(self, name: str, n: int, k: int) -> CodeFormat | None:
-        """What the codes of a module's weight mean; None: it is not quantised, or not as codes that layers keep."""
-        return self._format(name, n, k) if self._holds(name) else None
+        """What the codes of a module's weight mean; None: it is kept as numbers, as an embedding always is."""
+        return self._format(name, n, k) if self._holds(name) and name != EMBEDDING else None
 
     def order(self, name: str) -> Tensor | None:
         """[k] int64: which input each column of the rows belongs to, where that is not the column's own number."""

@@ -1,7 +1,7 @@
 """Quantising weights of 16 or 32 bit: while they are loaded, and for `octavo quantize`.
 
-nf4 and fp4 are bitsandbytes' own: absmax of each group, then the nearest entry of the table. int4 has no zero points: of
-a few scales, by which the weight of greatest magnitude becomes about -8, each group takes the one of least squared error.
+nf4 and fp4 are bitsandbytes' own: absmax of each group, then the nearest entry of the table. int4 has no zero points:
+of a few scales, by which the greatest weight becomes about -8, each group takes the one of least squared error.
 """
 
 from collections.abc import Mapping

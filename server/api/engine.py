@@ -1,37 +1,44 @@
 """What the HTTP side needs of an engine: `engine.client.EngineClient` has it, and so has the tests' fake."""
 
 from collections.abc import Callable
-from typing import Literal, Protocol
+from typing import Protocol
 
 from octavo.server.engine.channel import EngineInfo, EngineStats, StepOutput
 from octavo.server.engine.request import Delta, GenerationRequest
-from octavo.server.errors import EngineError
+from octavo.server.engine.supervisor import EngineState, Recovery
+from octavo.server.errors import OctavoError
 
 
 class Engine(Protocol):
     """An engine behind a channel.
 
     Attributes:
-        info: facts about the model, once `state` has left "starting".
-        stats: the latest; counters are since the engine's start.
+        stats: the latest; counters are since the server's start.
         on_step: called with each step's message.
+        on_wait: called from time to time while requests wait for a recovery.
+        on_recovered: called when they go on.
     """
 
-    info: EngineInfo
     stats: EngineStats
     on_step: Callable[[StepOutput], None] | None
+    on_wait: Callable[[], None] | None
+    on_recovered: Callable[[Recovery], None] | None
 
     @property
-    def state(self) -> Literal["starting", "ok", "stalled", "dead"]:
-        """Whether the engine runs and makes progress."""
+    def info(self) -> EngineInfo:
+        """Facts about the model, once `state` has left "starting"."""
+
+    @property
+    def state(self) -> EngineState:
+        """Whether the engine runs."""
 
     def begin(
         self,
         request: GenerationRequest,
         on_deltas: Callable[[list[Delta]], None],
-        on_error: Callable[[EngineError], None],
+        on_error: Callable[[OctavoError], None],
     ) -> None:
-        """Runs a request: deltas to `on_deltas` until every choice has ended, `on_error` if the engine dies first.
+        """Runs a request: deltas to `on_deltas` until every choice has ended, `on_error` if it is given up first.
 
         Neither is called before this returns, nor after `end`; neither may raise. Raises EngineError.
         """

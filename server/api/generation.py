@@ -165,6 +165,7 @@ class Generation:
         self._error: Exception | None = None
         self._has_hole = False  # a delta could not be used, so what comes behind it does not count
         self._on_gain: Callable[[], None] = _ignore
+        self._on_wait: Callable[[], None] = _ignore
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -182,7 +183,7 @@ class Generation:
         return not self._num_running
 
     def check(self) -> None:
-        """Raises EngineError, RequestError, or what `cut` was given, if that ended the request."""
+        """Raises what `cut` was given, or what failed, if that ended the request."""
         if self._error is not None and (self._num_running or self._has_hole):
             raise self._error
 
@@ -191,6 +192,10 @@ class Generation:
         self._error = error
         self.is_running = False
         self._on_gain()
+
+    def wait(self) -> None:
+        """Says that the request waits for the engine to recover."""
+        self._on_wait()
 
     async def abort(self) -> bool:
         """Asks the engine to end all choices. True: at least one was running."""
@@ -210,20 +215,21 @@ class Generation:
         return self.prompt_logprobs[choice.index // self._n] is not None or choice.finish_reason is not None
 
     @contextmanager
-    def running(self, on_gain: Callable[[], None]) -> Iterator[None]:
+    def running(self, on_gain: Callable[[], None], on_wait: Callable[[], None] = _ignore) -> Iterator[None]:
         """Runs the request; leaving aborts what still runs.
 
         `on_gain` is called whenever choices have gained something, once for all that came at once, and when the request
         is cut; what it raises cuts the request. What nobody takes is kept, bounded by what the request may produce
-        (admission's n * max_tokens): a slow reader costs its own tokens' memory and holds up nobody.
+        (admission's n * max_tokens): a slow reader costs its own tokens' memory and holds up nobody. `on_wait` is
+        called from time to time while the request waits for the engine to recover.
         """
-        self._on_gain = on_gain
+        self._on_gain, self._on_wait = on_gain, on_wait
         try:
             for index, prompt in enumerate(self.prompts):
                 self._engine.begin(prompt.request, partial(self._receive, index), self.cut)
             yield
         finally:
-            self._on_gain = _ignore
+            self._on_gain = self._on_wait = _ignore
             for prompt in self.prompts:
                 self._engine.end(prompt.request.request_id)
             self._report()

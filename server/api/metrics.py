@@ -19,12 +19,15 @@ from prometheus_client.utils import floatToGoString
 from octavo.server.api.engine import Engine
 from octavo.server.config import ServerConfig
 from octavo.server.engine.channel import EngineInfo, EngineStats, StepOutput
+from octavo.server.engine.epoch import REASONS
+from octavo.server.engine.supervisor import PHASES, Recovery
 
 # fmt: off
 _TTFT_S = (.001, .005, .01, .02, .04, .06, .08, .1, .25, .5, .75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560)
 _TOKEN_S = (.01, .025, .05, .075, .1, .15, .2, .3, .4, .5, .75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 _REQUEST_S = (.3, .5, .8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 _STEP_TOKENS = tuple(float(1 << shift) for shift in (0, *range(3, 15)))
+_RECOVERY_S = (.01, .025, .05, .1, .25, .5, .75, 1, 1.5, 2, 3, 4, 6, 8, 10, 15, 20, 30, 60, 120, 300)
 _N = (1, 2, 5, 10, 20)
 _PREEMPTIONS = (1, 2, 3, 4, 5, 10, 20)
 _FINISH_REASONS = ("stop", "length", "abort", "error")
@@ -144,7 +147,19 @@ class Metrics:
             "request_num_preemptions", "How often a choice was put back to waiting.", _PREEMPTIONS
         )
         self._lengths: dict[str, FixedHistogram] = {}  # once the context's length is known
-        engine.on_step = self._on_step
+        self._recoveries = self._by(
+            Counter, "recoveries", "Engines replaced after a fault, by what it was.", "reason", REASONS
+        )
+        self._recovery_s = Histogram(
+            config.metrics_prefix + "recovery_seconds",
+            "Time from a fault until requests go on, by phase and in all.",
+            (*_LABELS, "phase"),
+            buckets=_RECOVERY_S,
+            registry=self.registry,
+        )
+        for phase in PHASES:
+            self._recovery_s.labels(*self._label_values, phase)
+        engine.on_step, engine.on_recovered = self._on_step, self._on_recovered
 
     def http(self, handler: str, method: str, status: int, duration_s: float) -> None:
         """Counts an HTTP request; `handler` is the route's path."""
@@ -254,6 +269,11 @@ class Metrics:
             self._last_step = output.stats.step
             self._step_tokens.observe(output.stats.step_tokens)
 
+    def _on_recovered(self, recovery: Recovery) -> None:
+        self._recoveries[recovery.fault.reason].inc()
+        for phase, seconds in recovery.seconds.items():
+            self._recovery_s.labels(*self._label_values, phase).observe(seconds)
+
     def _update(self, stats: EngineStats) -> None:
         """Brings gauges and counters up to `stats`."""
         self._gauges["num_requests_running"].set(stats.num_running)
@@ -262,8 +282,7 @@ class Metrics:
         self._waiting["capacity"].set(stats.num_waiting - stats.num_deferred)
         self._gauges["kv_cache_usage_perc"].set(stats.num_blocks_used / self._engine.info.num_blocks)
         before, self._seen = asdict(self._seen), EngineStats(**asdict(stats))
-        # An engine that was started again counts from zero.
-        new = {key: value - before[key] if value >= before[key] else value for key, value in asdict(stats).items()}
+        new = {key: value - before[key] for key, value in asdict(stats).items()}
         for name in ("prefix_cache_queries", "prefix_cache_hits", "num_preemptions", "generation_tokens"):
             self._counters[name].inc(new[name])
         self._counters["prompt_tokens"].inc(new["prompt_tokens_computed"] + new["prompt_tokens_cached"])

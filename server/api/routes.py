@@ -117,16 +117,16 @@ async def livez() -> Response:
 
 @router.api_route("/readyz", methods=["GET", "HEAD"])
 async def readyz(request: Request) -> Response:
-    """Whether new requests are taken; else 503 and why not in a word."""
+    """Whether new requests are served at once; else 503 and why not in a word."""
     status = _state(request).status
     return PlainTextResponse(status, 200 if status == "ok" else 503)
 
 
 @router.api_route("/health", methods=["GET", "HEAD"])
 async def health(request: Request) -> Response:
-    """Whether the server should be left to live: a draining one should."""
+    """Whether the server should be left to live: one that drains should, and one that saves its streams."""
     status = _state(request).status
-    return _json({"status": status}, 200 if status in ("ok", "draining") else 503)
+    return _json({"status": status}, 200 if status in ("ok", "recovering", "draining") else 503)
 
 
 def _state(request: Request) -> State:

@@ -5,6 +5,7 @@ from typing import Any
 import msgspec
 
 DONE = b"data: [DONE]\n\n"
+RECOVERING = b": recovering\n\n"  # a comment, which clients ignore
 _encode = msgspec.json.Encoder().encode
 # JSON may hold these as they are, but whoever cuts a stream as str.splitlines does (httpx's iter_lines) cuts at them.
 _LINE_ENDS = tuple((end.encode(), b"\\u%04x" % ord(end)) for end in "\x85\u2028\u2029")

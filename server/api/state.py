@@ -40,10 +40,13 @@ class State:
     _bodies: set[asyncio.Timeout] = field(default_factory=set)  # deadlines of bodies that are being read
     _cut: RequestError | None = None
 
+    def __post_init__(self) -> None:
+        self.engine.on_wait = self._wait
+
     @property
-    def status(self) -> Literal["starting", "ok", "stalled", "dead", "draining"]:
+    def status(self) -> Literal["starting", "ok", "recovering", "dead", "draining"]:
         """In one word, what the server does."""
-        return "draining" if self.draining and self.engine.state == "ok" else self.engine.state
+        return "draining" if self.draining and self.engine.state in ("ok", "recovering") else self.engine.state
 
     @property
     def fingerprint(self) -> str:
@@ -56,8 +59,8 @@ class State:
         return "fp_" + hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
 
     def check_ready(self) -> None:
-        """Raises RequestError (503) unless new requests are taken."""
-        if self.status != "ok":
+        """Raises RequestError (503) unless new requests are taken: they are while others wait for a recovery."""
+        if self.status not in ("ok", "recovering"):
             raise unavailable(f"The server is not ready ({self.status}); try again later.")
 
     @asynccontextmanager
@@ -114,6 +117,10 @@ class State:
             generation.cut(self._cut)
         await self._idle_within(2.0)
         return False
+
+    def _wait(self) -> None:
+        for generation in self.live.values():
+            generation.wait()
 
     async def _idle_within(self, timeout_s: float) -> bool:
         try:

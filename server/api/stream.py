@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 from octavo.server.api.errors import error_body, refusal_of
 from octavo.server.api.formats import Format
 from octavo.server.api.generation import Generation
-from octavo.server.api.sse import event
+from octavo.server.api.sse import RECOVERING, event
 
 BODY = "body"  # in the state of a request: the `Body` of its response, where the server has one
 
@@ -49,7 +49,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Streams. Leaving in any way ends the generation."""
-        with self._generation.running(self._on_gain):
+        with self._generation.running(self._on_gain, self._on_wait):
             data = await self._next()
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             try:
@@ -73,6 +73,11 @@ class EventStream(Response):
 
     def _gained(self) -> bytes:
         return self._format.events(self._generation.take())
+
+    def _on_wait(self) -> None:
+        # Whoever stands between may end a connection that is silent for long.
+        if self._waiter is not None and self._body is not None and self._body.is_writable:
+            self._body.write(RECOVERING)
 
     def _on_gain(self) -> None:
         waiter = self._waiter

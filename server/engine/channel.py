@@ -29,12 +29,6 @@ class Abort(msgspec.Struct, tag="abort"):
     choice_index: int | None = None
 
 
-class Ping(msgspec.Struct, tag="ping"):
-    """Front end -> engine: answer with `Pong` between two steps."""
-
-    sent_s: float
-
-
 @dataclass(slots=True)
 class RankInfo:
     """What one rank holds, and what loading it took."""
@@ -94,6 +88,26 @@ class EngineStats:
     step_tokens: int = 0  # tokens computed in the last step
     step_s: float = 0.0  # duration of the last step
 
+    def count_from(self, offset: dict[str, int]) -> None:
+        """Adds to the counters what is given for each."""
+        for name, value in offset.items():
+            setattr(self, name, getattr(self, name) + value)
+
+    def offset_of(self, other: "EngineStats") -> dict[str, int]:
+        """What is to be added to the counters of `other`, so that they go on where these stand."""
+        return {name: getattr(self, name) - getattr(other, name) for name in COUNTERS}
+
+
+COUNTERS = (
+    "prefix_cache_queries",
+    "prefix_cache_hits",
+    "num_preemptions",
+    "prompt_tokens_computed",
+    "prompt_tokens_cached",
+    "generation_tokens",
+    "step",
+)
+
 
 class Ready(msgspec.Struct, tag="ready"):
     """Engine -> front end: the model is loaded and warm."""
@@ -116,15 +130,8 @@ class StepOutput(msgspec.Struct, tag="step"):
     stats: EngineStats
 
 
-class Pong(msgspec.Struct, tag="pong"):
-    """Engine -> front end: alive, idle or between steps."""
-
-    sent_s: float
-    stats: EngineStats
-
-
-ToEngine = Add | Abort | Ping
-ToFrontEnd = Ready | Failed | StepOutput | Pong
+ToEngine = Add | Abort
+ToFrontEnd = Ready | Failed | StepOutput
 
 _encoder = msgspec.msgpack.Encoder()
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

@@ -6,6 +6,7 @@ Used by the ranks' processes, and directly by benchmarks and tests.
 import errno
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ from octavo.models.quantization.choose import with_quantization
 from octavo.models.shard import Shard, shard_model
 from octavo.server.config import GIB, MIB, EngineConfig
 from octavo.server.engine.channel import EngineInfo, EngineStats, RankInfo
+from octavo.server.engine.faults import Faults
 from octavo.server.engine.pacing import ROW_TILE, Pacer
 from octavo.server.engine.peers import Leader, Place
 from octavo.server.engine.plan import StepPlan
@@ -245,6 +247,10 @@ def _is_for_want_of_memory(error: Exception) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
+def _ignore(expected_s: float, request_ids: list[str]) -> None:
+    """Of an engine that nobody watches."""
+
+
 class Engine:
     """A model ready to generate: rank 0, which decides what every rank executes.
 
@@ -260,7 +266,10 @@ class Engine:
         num_blocks = self._leader.agree(rank.plan.num_blocks)
         self.runner = rank.load(num_blocks)
         infos = [rank.info, *self._leader.wait_until_loaded()]
-        self.runner.warm_up(config.max_num_batched_tokens)
+        faults = Faults(config.faults, place.rank)
+        faults.at("warm-up")
+        warm_up_s = self.runner.warm_up(config.max_num_batched_tokens)
+        self.runner.faults = faults
         self.scheduler = Scheduler(
             num_blocks=num_blocks,
             block_size=config.block_size,
@@ -272,7 +281,10 @@ class Engine:
         )
         row_tile = GPU_ROW_TILE if backend.device().type == "cuda" else ROW_TILE
         self._pacer = Pacer(config.max_num_batched_tokens, row_tile)
+        self._pacer.observe(0, min(config.max_num_batched_tokens, rank.max_model_len - 1), warm_up_s)
         self._step_s = 0.0
+        # Told before each step how long it is likely to take, and which requests are in it.
+        self.before_step: Callable[[float, list[str]], None] = _ignore
         self.info = EngineInfo(
             model_name=rank.folder.name,
             architecture=rank.model_config.architecture,
@@ -309,11 +321,13 @@ class Engine:
         plan: StepPlan | None = self.scheduler.plan_step(begin, max_prefill_tokens)
         if plan is None:
             return []
+        num_decodes = plan.nums.count(1)
+        num_prefill_tokens = sum(plan.nums) - num_decodes
+        self.before_step(self._pacer.expected_s(num_decodes, num_prefill_tokens), self.scheduler.request_ids(plan))
         self._leader.broadcast(plan)
         deltas = self.scheduler.apply(self.runner.execute(plan), plan)
         self._step_s = time.monotonic() - begin
-        num_decodes = plan.nums.count(1)
-        self._pacer.observe(num_decodes, sum(plan.nums) - num_decodes, self._step_s)
+        self._pacer.observe(num_decodes, num_prefill_tokens, self._step_s)
         return deltas
 
     def stats(self) -> EngineStats:

@@ -11,6 +11,7 @@ import time
 from contextlib import suppress
 
 from octavo.server.config import EngineConfig
+from octavo.server.engine.progress import Progress
 from octavo.server.errors import StartupError
 
 MAX_ANSWER_BYTES = 1 << 12
@@ -34,11 +35,12 @@ class Launcher:
             self._start_launcher()
         assert self._process is not None and self._socket is not None
         ours, theirs = socket.socketpair()
+        progress = Progress()
         request = json.dumps({"epoch": epoch, "config": config.to_json()}).encode()
         with suppress(OSError):  # it has just ended: so will be found out
-            socket.send_fds(self._socket, [request], [theirs.fileno()])
+            socket.send_fds(self._socket, [request], [theirs.fileno(), progress.fd])
         theirs.close()
-        return Group(ours, self._process, self._socket, epoch)
+        return Group(ours, progress, self._process, self._socket, epoch)
 
     def close(self) -> None:
         """End the launcher, and all ranks with it."""
@@ -67,15 +69,24 @@ class Launcher:
 
 
 class Group:
-    """The rank processes of one epoch. `channel` is the socket to rank 0, which belongs to whoever takes it."""
+    """The rank processes of one epoch.
+
+    `channel` is the socket to rank 0, which belongs to whoever takes it; `progress` is what rank 0 shows of itself,
+    until `wait` has seen the end.
+    """
 
     pids: list[int]  # by rank; empty before they are started
     pidfds: list[int]  # by rank: readable once it has ended; empty where the kernel has none; closed by `wait`
 
     def __init__(
-        self, channel: socket.socket, launcher: "subprocess.Popen[bytes]", answers: socket.socket, epoch: int
+        self,
+        channel: socket.socket,
+        progress: Progress,
+        launcher: "subprocess.Popen[bytes]",
+        answers: socket.socket,
+        epoch: int,
     ) -> None:
-        self.channel, self.pids, self.pidfds = channel, [], []
+        self.channel, self.progress, self.pids, self.pidfds = channel, progress, [], []
         self._launcher, self._answers, self._epoch = launcher, answers, epoch
 
     def wait_until_started(self) -> None:
@@ -127,6 +138,7 @@ class Group:
         for pidfd in self.pidfds:
             os.close(pidfd)
         self.pidfds = []
+        self.progress.close()
         return True
 
 

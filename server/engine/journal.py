@@ -16,10 +16,15 @@ class Entry:
     request: GenerationRequest
     committed: list[list[int]] = field(default_factory=list)  # token ids of each choice
     open_choices: set[int] = field(default_factory=set)
+    num_faults: int = 0  # in a row that found it running: since a token was committed
+
+    def unfinished(self) -> dict[int, list[int]]:
+        """The tokens of its open choices, from which another engine goes on: as `Scheduler.add` takes them."""
+        return {index: self.committed[index] for index in sorted(self.open_choices)}
 
 
 class Journal:
-    """Entries by request id, and the epoch whose tokens are accepted."""
+    """Entries by request id, in the order of their arrival, and the epoch whose tokens are accepted."""
 
     def __init__(self) -> None:
         self.epoch = 0
@@ -42,19 +47,13 @@ class Journal:
         if delta.start != len(committed):
             return False
         committed += delta.token_ids
+        entry.num_faults = 0
         if delta.finish_reason is not None:
             entry.open_choices.discard(delta.choice_index)
         return True
 
-    def unfinished(self) -> list[tuple[GenerationRequest, dict[int, list[int]]]]:
-        """What another engine has to go on with: requests in the order of their arrival, and of each the tokens of its
-        open choices, as `Scheduler.add` takes them."""
-        return [
-            (entry.request, {index: entry.committed[index] for index in sorted(entry.open_choices)})
-            for entry in self.entries.values()
-            if entry.open_choices
-        ]
-
     def close(self, request_id: str) -> None:
         """Forget a request that has ended, or that nobody waits for."""
-        self.entries.pop(request_id, None)
+        entry = self.entries.pop(request_id, None)
+        if entry is not None:
+            entry.open_choices.clear()

@@ -19,6 +19,7 @@ from typing import NoReturn
 from octavo.server.config import EngineConfig
 from octavo.server.engine.peers import Place
 from octavo.server.engine.process import run_rank
+from octavo.server.engine.progress import Progress
 
 MAX_REQUEST_BYTES = 1 << 16
 PR_SET_PDEATHSIG = 1
@@ -39,11 +40,11 @@ def main() -> int:
     gc.collect()
     gc.freeze()
     while True:
-        request, descriptors, _, _ = socket.recv_fds(front_end, MAX_REQUEST_BYTES, 1)
+        request, descriptors, _, _ = socket.recv_fds(front_end, MAX_REQUEST_BYTES, 2)
         if not request:
             return 0
         _reap()
-        _launch(front_end, request, socket.socket(fileno=descriptors[0]))
+        _launch(front_end, request, socket.socket(fileno=descriptors[0]), Progress(descriptors[1]))
 
 
 def _reap() -> None:
@@ -53,8 +54,11 @@ def _reap() -> None:
             pass
 
 
-def _launch(front_end: socket.socket, request: bytes, channel: socket.socket) -> None:
-    """Fork the ranks that `request` describes; tell the front end who they are. channel: rank 0's to the front end."""
+def _launch(front_end: socket.socket, request: bytes, channel: socket.socket, progress: Progress) -> None:
+    """Fork the ranks that `request` describes; tell the front end who they are.
+
+    channel: rank 0's to the front end; progress: the page on which rank 0 shows itself to it.
+    """
     told = json.loads(request)
     config, epoch = EngineConfig.from_json(told["config"]), told["epoch"]
     num_ranks = config.tensor_parallel_size
@@ -71,7 +75,7 @@ def _launch(front_end: socket.socket, request: bytes, channel: socket.socket) ->
             for one in (front_end, *([channel] if rank else []), *leaders, *followers):
                 if one not in channels:
                     one.close()
-            _be_rank(parent, config, Place(rank, num_ranks, epoch, memory, channels), channel)
+            _be_rank(parent, config, Place(rank, num_ranks, epoch, memory, channels), channel, progress)
         pids.append(pid)
     pidfds = []
     with suppress(OSError, AttributeError):  # an old kernel, or a Python built for one
@@ -79,15 +83,16 @@ def _launch(front_end: socket.socket, request: bytes, channel: socket.socket) ->
     socket.send_fds(front_end, [json.dumps({"epoch": epoch, "pids": pids}).encode()], pidfds)
     for descriptor in [*pidfds, *([memory] if memory >= 0 else [])]:
         os.close(descriptor)
+    progress.close()
     for one in (channel, *leaders, *followers):
         one.close()
 
 
-def _be_rank(parent: int, config: EngineConfig, place: Place, channel: socket.socket) -> NoReturn:
+def _be_rank(parent: int, config: EngineConfig, place: Place, channel: socket.socket, progress: Progress) -> NoReturn:
     status = 1
     try:
         die_with_parent(parent)
-        status = run_rank(config, place, channel)
+        status = run_rank(config, place, channel, progress)
     except BaseException:
         traceback.print_exc()
     finally:

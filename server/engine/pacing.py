@@ -78,5 +78,13 @@ class Pacer:
             num_tiles = round(min(num_decodes + num_tokens, self._max_num_batched_tokens) / self._row_tile)
         return max(num_tiles * self._row_tile - num_decodes, self._row_tile)
 
+    def expected_s(self, num_decodes: int, num_prefill_tokens: int) -> float:
+        """About how long a step will take, rather too long where little is known of such steps."""
+        alone_s = 0.0
+        if num_decodes:
+            known = self._of(num_decodes).alone_s or [s for other in self._decodes.values() for s in other.alone_s]
+            alone_s = median(known) if known else self._max_num_batched_tokens * median(self._token_s or (0.0,))
+        return alone_s + num_prefill_tokens * median(self._token_s or (0.0,))
+
     def _of(self, num_decodes: int) -> _Decodes:
         return self._decodes.setdefault(num_decodes.bit_length(), _Decodes())

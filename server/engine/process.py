@@ -11,8 +11,6 @@ from octavo.server.engine.channel import (
     Add,
     Failed,
     FrameBuffer,
-    Ping,
-    Pong,
     Ready,
     StepOutput,
     ToEngine,
@@ -21,31 +19,36 @@ from octavo.server.engine.channel import (
     encode_frame,
 )
 from octavo.server.engine.engine import Engine, Rank
+from octavo.server.engine.faults import Faults
 from octavo.server.engine.peers import Follower, PeerError, Place
+from octavo.server.engine.progress import Progress
 from octavo.server.errors import StartupError
 
 RECEIVE_BYTES = 1 << 20
+IDLE_S = 0.25  # after which an engine without work shows itself
 
 
 class EngineProcess:
     """Serves one engine over one socket."""
 
-    def __init__(self, engine: Engine, channel: socket.socket, epoch: int) -> None:
-        self._engine, self._channel, self._epoch = engine, channel, epoch
+    def __init__(self, engine: Engine, channel: socket.socket, progress: Progress, epoch: int) -> None:
+        self._engine, self._channel, self._progress, self._epoch = engine, channel, progress, epoch
+        engine.before_step = progress.beat
         self._buffer = FrameBuffer()
 
     def run(self) -> None:
         """Returns when the other side closes the socket."""
-        while self._receive(block=not self._engine.has_work):
+        while self._receive():
             if self._engine.has_work:
                 deltas = self._engine.step()
                 self._send(StepOutput(self._epoch, deltas, self._engine.stats()))
 
-    def _receive(self, block: bool) -> bool:
-        """Handle what has come in; with `block`, wait for something. False: the other side is gone."""
-        ready, _, _ = select.select([self._channel], [], [], None if block else 0)
-        if not ready:
-            return True
+    def _receive(self) -> bool:
+        """Handle what has come in, and wait for it where there is no work. False: the other side is gone."""
+        while not select.select([self._channel], [], [], 0 if self._engine.has_work else IDLE_S)[0]:
+            if self._engine.has_work:
+                return True
+            self._progress.beat(IDLE_S)
         data = self._channel.recv(RECEIVE_BYTES)
         for body in self._buffer.feed(data):
             self._handle(decode_to_engine(body))
@@ -58,29 +61,31 @@ class EngineProcess:
             case Abort(request_id, choice_index):
                 deltas = self._engine.abort(request_id, choice_index)
                 self._send(StepOutput(self._epoch, deltas, self._engine.stats()))
-            case Ping(sent_s):
-                self._send(Pong(sent_s, self._engine.stats()))
 
     def _send(self, message: ToFrontEnd) -> None:
         self._channel.sendall(encode_frame(message))
 
 
-def run_rank(config: EngineConfig, place: Place, channel: socket.socket) -> int:
-    """Be one rank until the front end, or rank 0, is gone. channel: rank 0's to the front end; of no use to others.
+def run_rank(config: EngineConfig, place: Place, channel: socket.socket, progress: Progress) -> int:
+    """Be one rank until the front end, or rank 0, is gone.
+
+    channel: rank 0's to the front end; progress: what rank 0 shows it; both of no use to others.
 
     Returns the exit status: 0, or 1 where the rank could not start or failed.
     """
-    return _lead(config, place, channel) if place.rank == 0 else follow(config, place)
+    if place.epoch:
+        Faults(config.faults, place.rank).at("recovery")
+    return _lead(config, place, channel, progress) if place.rank == 0 else follow(config, place)
 
 
-def _lead(config: EngineConfig, place: Place, channel: socket.socket) -> int:
+def _lead(config: EngineConfig, place: Place, channel: socket.socket, progress: Progress) -> int:
     started = False
     try:
         engine = Engine(config, place)
         channel.sendall(encode_frame(Ready(engine.info)))
         started = True
         _freeze()
-        EngineProcess(engine, channel, place.epoch).run()
+        EngineProcess(engine, channel, progress, place.epoch).run()
     except (BrokenPipeError, ConnectionResetError):
         return 0
     except Exception as error:
@@ -107,7 +112,10 @@ def follow(config: EngineConfig, place: Place) -> int:
         return 1
     except PeerError:  # rank 0 has given up, and said why
         return 1
+    faults = Faults(config.faults, place.rank)
+    faults.at("warm-up")
     runner.warm_up(config.max_num_batched_tokens)
+    runner.faults = faults
     _freeze()
     while (plan := follower.receive()) is not None:
         runner.execute(plan)

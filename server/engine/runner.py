@@ -6,6 +6,9 @@ It lies on the host; on a GPU a step's inputs are copied there at once, the forw
 needs is prepared while it runs.
 """
 
+import time
+import traceback
+
 import numpy as np
 import torch
 
@@ -17,6 +20,7 @@ from octavo.models.batch import Activations, StepInputs, host_and_device
 from octavo.models.config import ModelConfig
 from octavo.models.llama import Llama
 from octavo.models.memory import LOGITS_ROWS, kv_block_shape, logits_shape
+from octavo.server.engine.faults import Faults
 from octavo.server.engine.plan import NewChoice, StepPlan, StepResult
 from octavo.server.engine.request import SamplingParams, TokenLogprobs
 
@@ -41,6 +45,7 @@ class Runner:
         ranks: by default this rank is alone.
         """
         self.model, self._ranks = model, ranks or Ranks()
+        self.faults = Faults()  # none, unless a test asks for some
         self._block_size = block_size
         config: ModelConfig = model.config
         shape = kv_block_shape(model.shard.local(config), num_blocks, block_size)
@@ -76,6 +81,7 @@ class Runner:
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step. Raises nothing for a single choice's sake: non-finite logits fail that choice alone."""
+        self.faults.begin_step("prefill" if max(plan.nums) > 1 else "decode")
         for choice in plan.new_choices:
             self._place(choice)
         for slot, blocks in plan.new_blocks:
@@ -96,6 +102,7 @@ class Runner:
             self._ranks.wait()
         if not len(sampled) and device().type == "cuda":
             torch.cuda.synchronize()  # nothing else has waited: the inputs are free again, the step's duration is known
+        self.faults.end_step()
         return result
 
     def _launch(self, num_tokens: int, num_sequences: int, max_query_len: int, max_context_len: int) -> None:
@@ -175,9 +182,11 @@ class Runner:
         self, result: StepResult, indices: np.ndarray, slots: np.ndarray, lens: np.ndarray, hidden: torch.Tensor
     ) -> None:
         """The next token of each plan index in `indices`; lens: tokens of every plan index after this step."""
+        self.faults.at("sampling")
         rows = self._rows[slots[indices]]
         rows["total_len"] = lens[indices]
-        edits, allowed = self._edits(rows)
+        edits, allowed, broken = self._edits(rows)
+        result.failed += indices[broken].tolist()
         for begin in range(0, len(rows), LOGITS_ROWS):
             part = rows[begin : begin + LOGITS_ROWS]
             out = self._sample_rows(hidden[begin:], part, edits, allowed)
@@ -206,22 +215,29 @@ class Runner:
         self._ranks.broadcast(told)
         return told.cpu().numpy()
 
-    def _edits(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What is added to logits, and the sets of allowed ids, of those rows that have such options."""
+    def _edits(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[int]]:
+        """What is added to logits, and the sets of allowed ids, of those rows that have such options.
+
+        Also the rows for which that failed: whatever their tokens are, they are not what was asked for.
+        """
         edits: list[tuple[int, float]] = []
         allowed: list[int] = []
+        broken: list[int] = []
         if self._special:
-            for row in rows:
+            for index, row in enumerate(rows):
                 if (slot := int(row["slot"])) in self._special:
                     params = self._params[slot]
                     assert params is not None
                     row["edits_begin"], row["allowed_begin"] = len(edits), len(allowed)
-                    edits += params.logit_bias
                     length, prompt_len = int(row["total_len"]), int(row["prompt_len"])
-                    edits += _banned(params, self._token_rows[slot, prompt_len:length])
+                    try:
+                        edits += [*params.logit_bias, *_banned(params, self._token_rows[slot, prompt_len:length])]
+                    except Exception:
+                        traceback.print_exc()
+                        broken.append(index)
                     allowed += params.allowed_token_ids
                     row["edits_end"], row["allowed_end"] = len(edits), len(allowed)
-        return np.array(edits, EDIT), np.array(allowed, np.int32)
+        return np.array(edits, EDIT), np.array(allowed, np.int32), broken
 
     def _prompt_logprob_indices(self, plan: StepPlan) -> list[int]:
         if not self._wants_prompt_logprobs:
@@ -259,9 +275,10 @@ class Runner:
         else:
             result.failed.append(index)
 
-    def warm_up(self, num_tokens: int) -> None:
+    def warm_up(self, num_tokens: int) -> float:
         """Touch what a step uses: one prefill of `num_tokens` tokens and one decode, on blocks that nobody owns yet.
 
+        Returns the seconds that the prefill took.
         On a GPU every kernel is compiled before, and graphs are captured after.
         """
         if device().type == "cuda":
@@ -269,12 +286,15 @@ class Runner:
         num_tokens = min(num_tokens, self._tokens.shape[1] - 1)
         choice = NewChoice(0, 0, [0] * num_tokens, num_tokens, SamplingParams(max_tokens=2, temperature=0.0), False)
         blocks = list(range(-(-(num_tokens + 1) // self._block_size)))
+        begin_s = time.monotonic()
         self.execute(StepPlan(0, 0, [choice], [(0, blocks)], [0], [0], [num_tokens], [True]))
+        prefill_s = time.monotonic() - begin_s
         self.execute(StepPlan(0, 0, [], [], [0], [num_tokens], [1], [True]))
         if self._use_graphs:
             self._inputs.pad_decodes(0, self._decode_sizes[-1])
             self._inputs.copy_to_device(self._decode_sizes[-1])
             self._graphs = Graphs(lambda size: self._launch(size, size, 1, self._tokens.shape[1]), self._decode_sizes)
+        return prefill_s
 
     def compile_kernels(self) -> None:
         """Launch each of Triton's kernels in every form that a step may need, so that none is compiled meanwhile.

@@ -255,6 +255,10 @@ class Scheduler:
                 self._release(choice)
         return deltas
 
+    def request_ids(self, plan: StepPlan) -> list[str]:
+        """The requests in a planned step that is not applied yet; one with several choices may come as often."""
+        return [choice.request.request_id for slot in plan.slots if (choice := self._slots[slot]) is not None]
+
     def stats(self) -> dict[str, int]:
         """The fields of `channel.EngineStats` that the scheduler knows: all but `step_s`."""
         return {

@@ -10,6 +10,8 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from octavo.server.api.metrics import FixedHistogram, lengths_up_to
+from octavo.server.engine.epoch import Fault
+from octavo.server.engine.supervisor import Recovery
 
 Sample = tuple[str, tuple[tuple[str, str], ...]]
 
@@ -113,9 +115,22 @@ async def test_engine_statistics(tmp_path: Path) -> None:
         for _ in range(2):  # a second scrape adds nothing
             samples = await scrape(server)
             assert {key: samples[f"octavo:{key[0]}", key[1]] for key in expected} == expected
-        # An engine that starts again counts from zero; the counters go on.
-        server.engine.stats = replace(server.engine.stats, generation_tokens=2)
+        server.engine.stats = replace(server.engine.stats, generation_tokens=9)
         assert (await scrape(server))["octavo:generation_tokens_total", ()] == 9
+
+
+async def test_recoveries(tmp_path: Path) -> None:
+    async with serving(tmp_path) as server:
+        recovery = Recovery(Fault("died", "the engine process ended", 0.1), 3)
+        recovery.seconds |= {"start": 2.5, "total": 3.0}
+        assert server.engine.on_recovered is not None
+        server.engine.on_recovered(recovery)
+        samples = await scrape(server)
+        assert samples["octavo:recoveries_total", (("reason", "died"),)] == 1
+        assert samples["octavo:recoveries_total", (("reason", "stalled"),)] == 0
+        for phase, seconds in recovery.seconds.items():
+            assert samples["octavo:recovery_seconds_sum", (("phase", phase),)] == seconds
+            assert samples["octavo:recovery_seconds_count", (("phase", phase),)] == 1
 
 
 @pytest.mark.parametrize("reason", ["stop", "abort", "error"])

@@ -327,7 +327,7 @@ async def test_a_dead_engine_ends_the_server(tmp_path: Path, monkeypatch: pytest
     async with running(tmp_path, monkeypatch) as server:
         server.engine.state = "dead"
         async with asyncio.timeout(5):
-            assert await server.exit_status == 1
+            assert await server.exit_status == 70
 
 
 async def test_heads_are_bounded_in_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

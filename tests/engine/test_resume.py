@@ -12,9 +12,10 @@ import torch
 
 from octavo.kernels.sample import Sampled
 from octavo.server.config import EngineConfig
+from octavo.server.engine import runner
 from octavo.server.engine.engine import Engine
 from octavo.server.engine.journal import Journal
-from octavo.server.engine.request import Delta, GenerationRequest, SamplingParams, TokenLogprobs
+from octavo.server.engine.request import Delta, FinishReason, GenerationRequest, SamplingParams, TokenLogprobs
 from octavo.server.engine.scheduler import Scheduler
 
 NUM_TOKENS = 12
@@ -104,8 +105,9 @@ def run(engine: Engine, cuts: set[int]) -> Outputs:
         step += 1
         if step in cuts:
             fresh(engine)
-            for unfinished in journal.unfinished():
-                engine.add(*unfinished)
+            for entry in journal.entries.values():
+                if entry.open_choices:
+                    engine.add(entry.request, entry.unfinished())
     engine.scheduler.check()
     assert not any(entry.open_choices for entry in journal.entries.values())
     return outputs
@@ -144,3 +146,20 @@ def test_what_is_committed_is_not_computed_for_its_logprobs_again(
     while engine.has_work:
         assert all(delta.prompt_logprobs is None for delta in engine.step())
     assert sum(scored) == 2 * NUM_TOKENS - 3
+
+
+def test_an_exception_in_one_request_s_edits_fails_it_alone(
+    engine: Engine, undisturbed: Outputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    banned = runner._banned
+
+    def breaks(params: SamplingParams, output: np.ndarray) -> list[tuple[int, float]]:
+        if params.bad_words and len(output) == 3:
+            raise KeyError("planted")
+        return banned(params, output)
+
+    monkeypatch.setattr(runner, "_banned", breaks)
+    outputs = run(engine, set())
+    failed = outputs.pop(("bad_words", 0))
+    assert failed == [*undisturbed["bad_words", 0][:3], (FinishReason.ERROR, None)]
+    assert outputs == {key: output for key, output in undisturbed.items() if key[0] != "bad_words"}

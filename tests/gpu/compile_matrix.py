@@ -60,6 +60,7 @@ class Compiled:
     tensor_core: str = ""
     loads: str = ""  # "16 x 8, 4 x 1": eight loads of 16 bytes a thread, one of 4
     has_narrow_dot: bool = False  # a product of 8 or 16 bit operands; not in the snapshot
+    k_width: int = 0  # most neighbours of k that a thread holds of a product's operands; not in the snapshot
 
     def __str__(self) -> str:
         begin = f"{self.op:<16} {self.variant:<80} {self.target:<6}"
@@ -181,6 +182,7 @@ def compile_variant(op: str, name: str, target: str) -> Compiled:
         found |= {"warps": kernel.metadata.num_warps, "shared": kernel.metadata.shared}
         dots = re.findall(r"tt\.dot .*: tensor<(?:\d+x)+(\w+)> \*", kernel.asm["ttir"])
         found["has_narrow_dot"] = any(dtype != "f32" for dtype in dots)
+        found["k_width"] = max(map(int, re.findall(r"kWidth = (\d+)", kernel.asm["ttgir"])), default=0)
         cache.put(json.dumps(found), "found.json", binary=False)
     return Compiled(op, name, target, **found)
 

@@ -20,7 +20,14 @@ TYPES = (
     Types(torch.float32, torch.float32, 64),
 )
 # These have neither products by tensor cores nor approximate functions: every bit is the same on every chip.
-EXACT = {"embedding", "rotary_kv_write", "rms_norm with residual", "all_reduce, sum of 2", "sample"}
+EXACT = {
+    "dequantize_4bit, down",
+    "embedding",
+    "rotary_kv_write",
+    "rms_norm with residual",
+    "all_reduce, sum of 2",
+    "sample",
+}
 
 
 def is_exact(name: str) -> bool:

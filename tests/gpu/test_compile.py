@@ -56,7 +56,7 @@ def test_nothing_is_spilled(lines: list[Compiled]) -> None:
 @pytest.mark.slow
 def test_products_of_8_and_16_bits_are_by_tensor_cores(lines: list[Compiled]) -> None:
     narrow = [line for line in lines if line.has_narrow_dot]
-    assert {line.op for line in narrow} == {"matmul", "paged_attention"}
+    assert {line.op for line in narrow} == {"matmul", "matmul_4bit", "paged_attention"}
     assert [str(line) for line in narrow if not line.tensor_core] == []
 
 
@@ -66,7 +66,14 @@ def test_exact_products_are_by_one_instruction_on_each_chip(lines: list[Compiled
     for line in lines:
         if line.has_narrow_dot and line.target.startswith("sm_"):
             instructions[line.op, line.target] |= {part.split(" ")[0] for part in line.tensor_core.split(", ")}
-    assert len(instructions) == 6 and all(names == {"HMMA.16816"} for names in instructions.values()), instructions
+    assert len(instructions) == 9 and all(names == {"HMMA.16816"} for names in instructions.values()), instructions
+
+
+@pytest.mark.slow
+def test_exact_products_deal_out_k_in_one_order(lines: list[Compiled]) -> None:
+    """A thread holds two neighbours of k at a time, as the instruction has them; more would be another order."""
+    products = [line for line in lines if line.has_narrow_dot and line.op.startswith("matmul")]
+    assert {line.k_width for line in products if line.target.startswith("sm_")} == {2}
 
 
 @pytest.mark.slow
@@ -81,8 +88,10 @@ def test_every_op_has_variants_with_names_of_their_own() -> None:
     assert set(ops()) == {
         "activation_mul",
         "all_reduce",
+        "dequantize_4bit",
         "embedding",
         "matmul",
+        "matmul_4bit",
         "paged_attention",
         "rms_norm",
         "rotary_kv_write",

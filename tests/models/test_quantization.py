@@ -1,7 +1,9 @@
 """Quantised checkpoints: each format against its own library's or a float64 account of its packing; what is refused."""
 
+import json
+import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,17 +11,28 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm import tqdm
 
-from octavo.models.checkpoint import CheckpointError, SafetensorsCheckpoint, open_checkpoint
-from octavo.models.config import ConfigError, ModelConfig, RopeConfig, read_config
-from octavo.models.gguf import checkpoint_name
+from octavo.kernels import backend
+from octavo.kernels.matmul import PackedWeight, packed_bytes
+from octavo.kernels.matmul_4bit import Packed4Bit
+from octavo.models.batch import Activations, ForwardBatch
+from octavo.models.checkpoint import CheckpointError, SafetensorsCheckpoint, TensorInfo, open_checkpoint
+from octavo.models.config import ConfigError, ModelConfig, RopeConfig, parse_config, read_config
+from octavo.models.gguf import GgufFile, checkpoint_name
 from octavo.models.layers import rotary_table
+from octavo.models.llama import Llama
+from octavo.models.loader import load
+from octavo.models.memory import kv_block_shape, linears, num_vector_parameters, weight_bytes
 from octavo.models.quantization import online
-from octavo.models.quantization.base import Quantization, QuantizedRows
+from octavo.models.quantization.base import HEAD, Quantization, QuantizedRows
 from octavo.models.quantization.bitsandbytes import NF4
 from octavo.models.quantization.choose import with_quantization
+from octavo.server.errors import StartupError
+from octavo.server.quantize import quantize_checkpoint
 
 DATA = Path(__file__).parent.parent / "data" / "quantized"
 NAME = "model.layers.0.mlp.down_proj"
@@ -544,3 +557,274 @@ def test_compressed_tensors_of_another_shape(tmp_path: Path) -> None:
     tensors |= {f"{NAME}.weight_scale": torch.zeros((64, 4)), f"{NAME}.weight_shape": torch.tensor([128, 64])}
     with pytest.raises(CheckpointError, match=rf"{NAME}.weight_shape says \[128, 64\], expected \[64, 128\]"):
         read(quantization(tmp_path, compressed(), tensors), tmp_path, 64, 128)
+
+
+# Whole models
+
+
+@pytest.fixture(autouse=True)
+def _kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(backend, "_kernels", "torch")
+    with torch.no_grad():
+        yield
+
+
+def loaded(path: Path, wanted: str | None = None, quantize_head: bool = False) -> Llama:
+    config = read_config(path)
+    checkpoint = open_checkpoint(path, config)
+    model = Llama(with_quantization(config, checkpoint, wanted, quantize_head), torch.bfloat16, 64)
+    load(checkpoint, model, tqdm(disable=True))
+    return model
+
+
+def logits(model: Llama) -> Tensor:
+    """Of each of 40 tokens."""
+    tokens = torch.randint(0, 320, (40,), generator=generator(), dtype=torch.int32)
+    positions = torch.arange(40, dtype=torch.int32)
+    batch = ForwardBatch(
+        token_ids=tokens,
+        positions=positions,
+        slots=positions.long(),
+        token_begins=torch.tensor([0, 40], dtype=torch.int32),
+        context_lens=torch.tensor([40], dtype=torch.int32),
+        block_tables=torch.arange(3, dtype=torch.int32)[None],
+        max_query_len=40,
+        max_context_len=40,
+    )
+    config = model.config
+    caches = [torch.zeros(kv_block_shape(config, 3, 16), dtype=model.dtype) for _ in range(config.num_layers)]
+    activations = Activations.empty(config, 40, model.dtype)
+    model.forward(activations, batch, caches)
+    return model.logits(activations.normed, torch.empty((40, config.vocab_size)))
+
+
+def weights(model: Llama) -> list[PackedWeight | Packed4Bit]:
+    found = [
+        part
+        for layer in model.layers
+        for part in (layer.attention.qkv, layer.attention.output, layer.mlp.gate_up, layer.mlp.down)
+    ]
+    return [model.embedding.weight, *(part.weight for part in [*found, *([model.head] if model.head else [])])]
+
+
+def num_bytes(weight: PackedWeight | Packed4Bit) -> int:
+    if isinstance(weight, PackedWeight):
+        return weight.data.nbytes
+    return sum(part.nbytes for part in (weight.table, weight.codes, weight.scales, weight.offsets) if part is not None)
+
+
+def as_gptq(weight: Tensor, sym: bool, order: Tensor | None) -> dict[str, Tensor]:
+    n, k = weight.shape
+    group = in_order(k, 32) if order is None else in_order(k, 32)[order]
+    scales, zeros = torch.zeros((n, k // 32)), torch.full((n, k // 32), 8)
+    codes = torch.zeros((n, k), dtype=torch.long)
+    for at in range(k // 32):
+        part = weight[:, group == at].float()
+        scales[:, at] = ((part.amax(1) - part.amin(1)) / 15 if not sym else part.abs().amax(1) / 7).half()
+        if not sym:
+            zeros[:, at] = (-part.amin(1) / scales[:, at]).round().clamp(0, 15)
+        codes[:, group == at] = ((part / scales[:, at : at + 1]).round() + zeros[:, at : at + 1]).clamp(0, 15).long()
+    made = gptq_tensors(codes, scales.half(), zeros, group, 1)
+    return {name.removeprefix(f"{NAME}."): tensor for name, tensor in made.items()}
+
+
+def quantised_folder(
+    source: Path, folder: Path, raw: dict[str, Any], pack: Callable[[str, Tensor], dict[str, Tensor]]
+) -> Path:
+    """A copy of the checkpoint, each linear layer replaced by what `pack` makes of it; then its numbers beside it."""
+    shutil.copytree(source, folder)
+    tensors = load_file(source / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        module = name.removesuffix(".weight")
+        packed = pack(module, tensors.pop(name))
+        tensors |= {f"{module}.{part}": value.contiguous() for part, value in packed.items()}
+    save_file(tensors, folder / "model.safetensors")
+    config = json.loads((source / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": raw}))
+    return folder
+
+
+def dequantised_folder(path: Path, folder: Path, model: Llama) -> Path:
+    """The same model with each weight as numbers of the compute type."""
+    config = model.config
+    checkpoint = open_checkpoint(path, config)
+    tensors = {}
+    for parts, k in linears(config):
+        for name, n in parts.items():
+            found = config.quantization
+            values = found.read(name, n, k, {part: checkpoint.read(part) for part in found.tensors(name, n, k)})
+            if isinstance(values, QuantizedRows):
+                values, order = values.dequantize(torch.bfloat16), found.order(name)
+                values = values if order is None else torch.empty_like(values).index_copy_(1, order, values)
+            tensors[f"{name}.weight"] = values.to(torch.bfloat16).contiguous()
+    for name in checkpoint.tensors:
+        if name.endswith(("norm.weight", ".bias")):
+            tensors[name] = checkpoint.read(name)
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    raw = GgufFile(path).config() if path.is_file() else json.loads((path / "config.json").read_text())
+    raw.pop("quantization_config", None)
+    (folder / "config.json").write_text(json.dumps(raw))
+    return folder
+
+
+def gptq_model(source: Path, folder: Path, sym: bool) -> Path:
+    return quantised_folder(source, folder, {**GPTQ, "sym": sym}, lambda _, weight: as_gptq(weight, sym, None))
+
+
+def check_model(path: Path, tmp_path: Path, num_packed: int, wanted: str | None = None) -> Llama:
+    """Logits equal those of the dequantised model in every bit, and memory is what was predicted."""
+    model = loaded(path, wanted)
+    assert sum(isinstance(weight, Packed4Bit) for weight in weights(model)) == num_packed
+    assert torch.equal(logits(model), logits(loaded(dequantised_folder(path, tmp_path / "plain", model))))
+    predicted = weight_bytes(model.config, torch.bfloat16) - 4 * num_vector_parameters(model.config)
+    allocated = sum(map(num_bytes, weights(model)))
+    assert abs(predicted - allocated) <= 0.01 * allocated
+    return model
+
+
+@pytest.mark.parametrize("sym", [False, True])
+def test_a_gptq_model(sym: bool, tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    check_model(gptq_model(tiny_checkpoint("llama2"), tmp_path / "model", sym), tmp_path, 12)
+
+
+def test_a_gptq_model_with_activation_order(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """Parts that share their inputs share an order; the products are those of columns in that order."""
+
+    def pack(module: str, weight: Tensor) -> dict[str, Tensor]:
+        return as_gptq(weight, False, torch.randperm(weight.shape[1], generator=generator(weight.shape[1])))
+
+    path = quantised_folder(tiny_checkpoint("llama2"), tmp_path / "model", {**GPTQ, "desc_act": True}, pack)
+    model = loaded(path)
+    assert model.config.quantization.has_orders and all(weight is not None for weight in weights(model))
+    want = logits(loaded(dequantised_folder(path, tmp_path / "plain", model)))
+    got = logits(model)
+    assert torch.allclose(got, want, atol=0.05, rtol=0.05) and not torch.equal(got, want.roll(1, 0))
+
+
+def test_parts_with_orders_of_their_own_are_kept_as_numbers(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    def pack(module: str, weight: Tensor) -> dict[str, Tensor]:
+        return as_gptq(weight, False, torch.randperm(weight.shape[1], generator=generator(len(module))))
+
+    path = quantised_folder(tiny_checkpoint("llama2"), tmp_path / "model", {**GPTQ, "desc_act": True}, pack)
+    model = loaded(path)
+    packed = [isinstance(layer.mlp.gate_up.weight, Packed4Bit) for layer in model.layers]
+    assert packed == [False] * 3 and isinstance(model.layers[0].mlp.down.weight, Packed4Bit)
+
+
+@pytest.mark.parametrize("wanted", ["nf4", "fp4", "int4"])
+def test_a_model_that_is_quantised_while_it_is_loaded(
+    wanted: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    check_model(tiny_checkpoint("llama2"), tmp_path, 12, wanted)
+
+
+@pytest.mark.parametrize("name", ["llama2", "smollm2"])
+def test_the_head_is_quantised_where_that_is_asked_for(name: str, tiny_checkpoint: Callable[[str], Path]) -> None:
+    """Also where it is the embedding, which stays."""
+    model = loaded(tiny_checkpoint(name), "int4", quantize_head=True)
+    assert model.head is not None and isinstance(model.head.weight, Packed4Bit)
+    assert isinstance(model.embedding.weight, PackedWeight)
+    predicted = weight_bytes(model.config, torch.bfloat16) - 4 * num_vector_parameters(model.config)
+    assert abs(predicted - sum(map(num_bytes, weights(model)))) <= 0.01 * predicted
+    assert not torch.isnan(logits(model)).any()
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "Q6_K"])
+def test_a_gguf_model(kind: str, tmp_path: Path) -> None:
+    random_gguf(tmp_path / "model.gguf", kind)
+    check_model(tmp_path / "model.gguf", tmp_path, 4 if kind.startswith("Q4") else 0)
+
+
+def test_a_bitsandbytes_model_as_transformers_saves_it(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    quantised = transformers.BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    )
+    saved = transformers.AutoModelForCausalLM.from_pretrained(
+        tiny_checkpoint("llama2"), quantization_config=quantised, dtype=torch.bfloat16
+    )
+    saved.save_pretrained(tmp_path / "model")
+    check_model(tmp_path / "model", tmp_path, 12)
+
+
+@pytest.mark.parametrize("method", ["nf4", "int4"])
+def test_octavo_quantize_writes_what_quantization_makes(
+    method: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    before, after = quantize_checkpoint(tiny_checkpoint("llama2"), tmp_path / "small", method)
+    assert after < before / 2 and (tmp_path / "small").stat().st_mode & 0o777 == 0o755
+    assert torch.equal(logits(loaded(tmp_path / "small")), logits(loaded(tiny_checkpoint("llama2"), method)))
+    if method == "nf4":
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "small", dtype=torch.bfloat16)
+        weight = theirs.model.layers[1].mlp.up_proj.weight
+        model = loaded(tmp_path / "small")
+        rows = model.config.quantization.read(
+            "model.layers.1.mlp.up_proj",
+            160,
+            96,
+            {
+                name: SafetensorsCheckpoint(tmp_path / "small").read(name)
+                for name in model.config.quantization.tensors("model.layers.1.mlp.up_proj", 160, 96)
+            },
+        )
+        assert isinstance(rows, QuantizedRows)
+        assert torch.equal(rows.codes[:, ::2] << 4 | rows.codes[:, 1::2], weight.data.view(160, 48))
+    with pytest.raises(StartupError, match="exists already"):
+        quantize_checkpoint(tiny_checkpoint("llama2"), tmp_path / "small", method)
+    with pytest.raises(StartupError, match="is quantised already"):
+        quantize_checkpoint(tmp_path / "small", tmp_path / "smaller", method)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["small"]
+
+
+def test_what_is_quantised_is_not_quantised_again(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    path = gptq_model(tiny_checkpoint("llama2"), tmp_path / "model", True)
+    with pytest.raises(ConfigError, match="--quantization is nf4, but .*model is quantised already: gptq"):
+        loaded(path, "nf4")
+    with pytest.raises(ConfigError, match="--quantize-lm-head needs --quantization"):
+        loaded(tiny_checkpoint("llama2"), None, quantize_head=True)
+
+
+@pytest.mark.parametrize("lost", ["qzeros", "scales", "qweight"])
+def test_a_tensor_that_is_missing_is_named(lost: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    path = gptq_model(tiny_checkpoint("llama2"), tmp_path / "model", True)
+    tensors = load_file(path / "model.safetensors")
+    del tensors[f"{NAME}.{lost}"]
+    save_file(tensors, path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"tensor {NAME}.{'weight' if lost == 'qweight' else lost} is missing"):
+        loaded(path)
+
+
+def test_memory_of_a_billion_parameters() -> None:
+    """A Llama of 1.17 billion parameters in bfloat16: its linears in NF4, then its head as well."""
+    raw = {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "num_hidden_layers": 22,
+        "vocab_size": 49152,
+        "max_position_embeddings": 4096,
+    }
+    config = parse_config(raw)
+    whole = weight_bytes(config, torch.bfloat16)
+    head = packed_bytes(49152, 2048, torch.bfloat16)
+    for method in ("nf4", "int4"):
+        for quantize_head, share in ((False, 0.41), (True, 0.35)):
+            online_config = replace(
+                config,
+                quantization=online.Online(method, online.GROUP_SIZES[method], NoTensors(), quantize_head, False),
+            )
+            small = weight_bytes(online_config, torch.bfloat16)
+            assert small <= share * whole
+            if not quantize_head:
+                assert small - 2 * head <= 0.285 * (whole - 2 * head)
+
+
+class NoTensors:
+    path, tensors = Path("none"), {f"{HEAD}.weight": TensorInfo((49152, 2048), "BF16", Path("none"), "")}
+
+    def read(self, name: str) -> Tensor:
+        raise AssertionError(name)

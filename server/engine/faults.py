@@ -1,0 +1,71 @@
+"""Faults on demand, for tests alone: files named KIND@PHASE:RANK, in a folder. Standard library.
+
+OCTAVO_FAULTS names the folder, and is refused unless the server is started with --test-faults. A rank that comes to a
+phase takes the file away and does what it says, once. Kinds: kill, stop, segv, raise, slow (10 times as long, for
+NUM_SLOW steps). Phases: recovery (of an epoch but the first, before it loads), warm-up, prefill, decode, collective
+(while the model runs, where ranks wait for each other), sampling.
+"""
+
+import os
+import signal
+import threading
+import time
+from contextlib import suppress
+
+KINDS = ("kill", "stop", "segv", "raise", "slow")
+PHASES = ("recovery", "warm-up", "prefill", "decode", "collective", "sampling")
+NUM_SLOW = 20
+SLOWER = 10
+_SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "segv": signal.SIGSEGV}
+
+
+class Faults:
+    """Those of one rank; none where `folder` is empty."""
+
+    def __init__(self, folder: str = "", rank: int = 0) -> None:
+        self._folder, self._rank = folder, rank
+        self._num_slow = 0
+        self._begin_s = self._step_s = 0.0
+
+    def at(self, phase: str) -> None:
+        """The rank is at a phase."""
+        if self._folder and (kind := self._take(phase)):
+            self._strike(kind)
+
+    def begin_step(self, phase: str) -> None:
+        """A step begins, of the phase prefill or decode; the model runs next."""
+        if not self._folder:
+            return
+        self._begin_s = time.monotonic()
+        self.at(phase)
+        kind = self._take("collective")
+        if kind in _SIGNALS:
+            threading.Timer(self._step_s / 2, self._strike, (kind,)).start()
+        elif kind:
+            self._strike(kind)
+
+    def end_step(self) -> None:
+        """The step has ended."""
+        if self._folder:
+            self._step_s = time.monotonic() - self._begin_s
+            if self._num_slow:
+                self._num_slow -= 1
+                time.sleep((SLOWER - 1) * self._step_s)
+
+    def _take(self, phase: str) -> str:
+        """The kind of a fault that is asked for here, which nobody gets again."""
+        for name in os.listdir(self._folder):
+            kind, _, place = name.partition("@")
+            if kind in KINDS and place == f"{phase}:{self._rank}":
+                with suppress(FileNotFoundError):
+                    os.unlink(os.path.join(self._folder, name))
+                    return kind
+        return ""
+
+    def _strike(self, kind: str) -> None:
+        if kind == "raise":
+            raise RuntimeError("a fault that was asked for")
+        if kind == "slow":
+            self._num_slow = NUM_SLOW
+        else:
+            os.kill(os.getpid(), _SIGNALS[kind])

@@ -1,0 +1,282 @@
+"""What becomes of requests when an engine is lost: they go on in order, with nothing lost, repeated or taken of it."""
+
+import asyncio
+
+import pytest
+from api_fakes import eventually
+from engine_fakes import ENDLESS_S, INFO, Caller, FakeGroup, Groups, connected, groups, request
+
+from octavo.server.config import SupervisorConfig
+from octavo.server.engine import supervisor
+from octavo.server.engine.channel import Abort, Add, EngineStats, Failed, Ready, StepOutput
+from octavo.server.engine.client import EngineClient
+from octavo.server.engine.epoch import TICK_S
+from octavo.server.engine.request import Delta, FinishReason, GenerationRequest
+from octavo.server.errors import EngineError, RequestError, StartupError
+
+__all__ = ["groups"]
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "PAUSES_S", (0.0,))
+
+
+def begun(client: EngineClient, *requests: GenerationRequest) -> list[Caller]:
+    callers = [Caller(client, request) for request in requests]
+    for caller in callers:
+        caller.begin()
+    return callers
+
+
+def runs(group: FakeGroup, *names: str) -> None:
+    """The engine says that it is about to execute a step with these requests."""
+    group.progress.beat(0.0, names)
+
+
+async def replaced(group: FakeGroup, groups: Groups, how: str = "died") -> FakeGroup:
+    """The group has a fault; returns the one after it, which has proved itself."""
+    if how == "died":
+        group.die()
+    else:
+        group.send(Failed("engine failed: KeyError", startup=False))
+    next_group = await groups.next()
+    assert group.is_killed
+    await next_group.prove()
+    return next_group
+
+
+@pytest.mark.parametrize("how", ["died", "failed"])
+async def test_requests_go_on_where_they_were(groups: Groups, how: str) -> None:
+    async with connected(groups) as (client, first):
+        a, b, c = begun(client, request("a", n=2), request("b"), request("c", n=3))
+        first.step(Delta("a", 0, 0, [5]), Delta("a", 1, 0, [6]), Delta("c", 1, 0, [7]))
+        first.step(Delta("a", 0, 1, [8]), Delta("c", 0, 0, [9], finish_reason=FinishReason.STOP))
+        client.abort_choice("c", 2)
+        waits: list[str] = []
+        client.on_wait = lambda: waits.append(client.state)
+        second = await replaced(first, groups, how)
+        assert waits == ["recovering"]
+        await eventually(lambda: client.state == "ok")
+        resumed = (Add(a.request, {0: [5, 8], 1: [6]}), Add(b.request, {0: []}), Add(c.request, {1: [7]}))
+        await eventually(lambda: second.has_received(*resumed))
+        second.step(Delta("a", 0, 2, [10]), Delta("b", 0, 0, [11]), Delta("c", 1, 1, [12]))
+        await eventually(lambda: b.token_ids == [11])
+        assert (a.token_ids, c.token_ids) == ([5, 6, 8, 10], [7, 9, 12])
+        assert not (a.errors or b.errors or c.errors)
+
+
+async def test_nothing_is_taken_of_an_epoch_that_has_ended(groups: Groups) -> None:
+    async with connected(groups) as (client, first):
+        (a,) = begun(client, request("a"))
+        second = await replaced(first, groups)
+        stale = StepOutput(0, [Delta("a", 0, 0, [66])], EngineStats())
+        second.send(stale, StepOutput(1, [Delta("a", 0, 0, [5])], EngineStats()), stale)
+        await eventually(lambda: bool(a.calls))
+        second.step(Delta("a", 0, 1, [6]))
+        await eventually(lambda: a.token_ids == [5, 6])
+
+
+async def test_what_comes_meanwhile_waits_behind_the_others(groups: Groups) -> None:
+    async with connected(groups) as (client, first):
+        (a,) = begun(client, request("a"))
+        first.die()
+        second = await groups.next()
+        assert client.state == "recovering" and client.stats.num_waiting == 1
+        left, cancelled, late = begun(client, request("left"), request("cancelled", n=2), request("late"))
+        client.end("left")
+        assert await client.abort("cancelled")
+        ends = [delta.finish_reason for delta in cancelled.calls[0]]
+        assert ends == [FinishReason.ABORT, FinishReason.ABORT] and not await client.abort("cancelled")
+        client.end("cancelled")
+        await second.prove()
+        await eventually(lambda: second.has_received(Add(a.request, {0: []}), Add(late.request, {0: []})))
+        assert not left.calls
+
+
+async def test_an_engine_that_answers_wrongly_gets_no_request(groups: Groups) -> None:
+    async with connected(groups) as (client, first):
+        (a,) = begun(client, request("a"))
+        first.die()
+        second = await groups.next()
+        await second.prove(logprob=-1.0000000000000002)
+        third = await groups.next()
+        assert second.is_killed and second.has_received()
+        await third.prove()
+        await eventually(lambda: third.has_received(Add(a.request, {0: []})))
+
+
+async def test_an_engine_is_asked_again_while_it_runs(groups: Groups) -> None:
+    async with connected(groups, canary_interval=0.05) as (client, first):
+        await first.answer()
+        await first.answer()
+        await first.answer(logprob=float("nan"))
+        second = await groups.next()
+        await second.prove()
+        await eventually(lambda: client.state == "ok")
+
+
+async def test_a_start_that_fails_is_tried_again(groups: Groups) -> None:
+    async with connected(groups) as (client, first):
+        begun(client, request("a"))
+        first.die()
+        (second := await groups.next()).die()
+        (third := await groups.next()).send(Failed("too little memory", startup=True))
+        fourth = await groups.next()
+        assert second.is_killed and third.is_killed
+        await fourth.prove()
+        await eventually(lambda: client.state == "ok")
+        assert [group.epoch for group in groups] == [0, 1, 2, 3]
+
+
+async def test_an_engine_that_stands_still_is_replaced(groups: Groups) -> None:
+    async with connected(groups, step_deadline=0.1) as (client, first):
+        begun(client, request("a"))
+        first.progress.beat(ENDLESS_S)  # a step that may take long
+        await asyncio.sleep(5 * TICK_S)
+        assert len(groups) == 1 and client.state == "ok"
+        first.progress.beat(0.01)
+        second = await groups.next()
+        await second.prove()
+        await eventually(lambda: client.state == "ok")
+
+
+async def test_a_deadline_of_zero_is_none(groups: Groups) -> None:
+    async with connected(groups, step_deadline=0.0) as (client, first):
+        first.progress.beat(0.0)
+        await asyncio.sleep(5 * TICK_S)
+        assert len(groups) == 1
+
+
+async def test_counters_go_on(groups: Groups) -> None:
+    async with connected(groups) as (client, first):
+        begun(client, request("a"))
+        first.step(Delta("a", 0, 0, [5]), generation_tokens=5, step=3, num_running=1, num_blocks_used=4)
+        await eventually(lambda: client.stats.generation_tokens == 5)
+        first.die()
+        second = await groups.next()
+        assert client.stats == EngineStats(generation_tokens=5, step=3, num_waiting=1)
+        second.step(generation_tokens=8, step=8)  # its proof, which is nobody's
+        await second.prove()
+        await eventually(lambda: client.state == "ok")
+        second.step(Delta("a", 0, 1, [5]), generation_tokens=1, step=1, num_running=1)
+        await eventually(lambda: client.stats.num_running == 1)
+        assert client.stats == EngineStats(generation_tokens=6, step=4, num_running=1)
+
+
+# Requests that may be the cause
+
+
+async def test_a_request_that_ends_the_engine_alone_is_refused(groups: Groups) -> None:
+    async with connected(groups) as (client, first):
+        a, bad, c = begun(client, request("a"), request("bad"), request("c"))
+        runs(first, "a", "bad")
+        second = await replaced(first, groups)
+        await eventually(lambda: second.has_received(*(Add(caller.request, {0: []}) for caller in (a, bad, c))))
+        second.step(Delta("a", 0, 0, [5]))
+        await eventually(lambda: bool(a.calls))
+        runs(second, "a", "bad", "c")
+        third = await replaced(second, groups)
+        # It was there twice without a token between; the others were not.
+        await eventually(lambda: third.has_received(Add(bad.request, {0: []})))
+        runs(third, "bad")
+        fourth = await replaced(third, groups)
+        await eventually(lambda: fourth.has_received(Add(a.request, {0: [5]}), Add(c.request, {0: []})))
+        (error,) = bad.errors
+        assert isinstance(error, RequestError) and error.status == 500
+        assert not (a.errors or c.errors) and client.state == "ok"
+
+
+async def test_a_suspect_that_gets_on_is_cleared(groups: Groups) -> None:
+    async with connected(groups) as (client, first):
+        a, b, c = begun(client, request("a", n=2), request("b"), request("c"))
+        runs(first, "a", "b")
+        second = await replaced(first, groups)
+        runs(second, "a", "b")
+        third = await replaced(second, groups)
+        await eventually(lambda: third.has_received(Add(a.request, {0: [], 1: []})))
+        third.step(Delta("a", 0, 0, [5]))
+        await eventually(lambda: third.has_received(Abort("a", 0), Abort("a", 1), Add(b.request, {0: []})))
+        third.step(Delta("b", 0, 0, [6], finish_reason=FinishReason.STOP))
+        await eventually(lambda: third.has_received(Add(a.request, {0: [5], 1: []}), Add(c.request, {0: []})))
+        assert client.state == "ok"
+        # What it had said before it was stopped, and says again, is taken once.
+        third.step(Delta("a", 0, 1, [7]))
+        third.step(Delta("a", 0, 1, [7]))
+        third.step(Delta("a", 0, 2, [8]))
+        await eventually(lambda: a.token_ids == [5, 7, 8])
+
+
+async def test_a_suspect_may_leave(groups: Groups) -> None:
+    async with connected(groups) as (client, first):
+        (a,) = begun(client, request("a"))
+        runs(first, "a")
+        second = await replaced(first, groups)
+        runs(second, "a")
+        third = await replaced(second, groups)
+        await eventually(lambda: third.has_received(Add(a.request, {0: []})))
+        client.end("a")
+        await eventually(lambda: client.state == "ok")
+
+
+async def test_a_request_in_no_step_is_under_no_suspicion(groups: Groups) -> None:
+    async with connected(groups) as (client, group):
+        (a,) = begun(client, request("a"))
+        for _ in range(4):
+            runs(group, "a")
+            runs(group)
+            group = await replaced(group, groups)
+            await eventually(lambda: client.state == "ok")
+        assert not a.errors
+
+
+# Its bounds
+
+
+async def test_too_many_faults_end_it(groups: Groups) -> None:
+    async with connected(groups, max_faults=2) as (client, first):
+        a, b = begun(client, request("a"), request("b"))
+        first.die()
+        (await groups.next()).die()
+        (await groups.next()).die()
+        await eventually(lambda: client.state == "dead" and bool(b.errors))
+        assert [len(caller.errors) for caller in (a, b)] == [1, 1]
+        assert isinstance(a.errors[0], EngineError) and "3 faults within 10 minutes" in str(a.errors[0])
+        assert len(groups) == 3
+        with pytest.raises(EngineError, match="dead"):
+            a.begin()
+
+
+@pytest.mark.parametrize("limit_s", [0.0, 0.3])
+async def test_a_recovery_that_takes_too_long_ends_it(groups: Groups, limit_s: float) -> None:
+    async with connected(groups, max_recovery_time=limit_s) as (client, first):
+        (a,) = begun(client, request("a"))
+        first.die()
+        await eventually(lambda: client.state == "dead" and bool(a.errors))
+        assert f"did not recover within {limit_s:g} s" in str(a.errors[0])
+        assert len(groups) == (1 if limit_s == 0 else 2)
+        await eventually(lambda: groups[-1].is_killed)
+
+
+async def test_an_engine_that_cannot_start_says_why(groups: Groups) -> None:
+    for how, words in (("says", "too little memory"), ("dies", "ended while it started")):
+        client = EngineClient(SupervisorConfig(model="tiny"))
+        start = asyncio.create_task(client.start())
+        group = await groups.next()
+        group.send(Failed("too little memory", startup=True)) if how == "says" else group.die()
+        with pytest.raises(StartupError, match=words):
+            await start
+        await client.close()
+        assert not groups[-1].received
+
+
+async def test_garbage_is_a_fault(groups: Groups) -> None:
+    async with connected(groups) as (client, first):
+        (a,) = begun(client, request("a"))
+        first.step(Delta("a", 0, 0, [5]))
+        first.send_bytes(b"\1\0\0\0?")
+        second = await groups.next()
+        assert a.token_ids == [5]  # what came before still counts
+        second.send(Ready(INFO))
+        await second.answer()
+        await eventually(lambda: second.has_received(Add(a.request, {0: [5]})))
