@@ -126,18 +126,16 @@ class Stream:
 
 def _joined(pieces: list[Any]) -> Any:
     """Text, log-probabilities and finish reason of a choice: how they were cut into events does not matter."""
-    text, logprobs, end = "", [], []
+    text = ""
+    logprobs: list[str] = []
+    end: list[Any] = []
     for piece in pieces:
         text += piece.get("text") or piece.get("delta", {}).get("content") or ""
         if found := piece.get("logprobs"):
-            logprobs.append([found["content"]] if "content" in found else list(zip(*_columns(found), strict=True)))
+            logprobs += map(repr, found["content"] if "content" in found else zip(*_columns(found), strict=True))
         if piece.get("finish_reason"):
             end.append((piece["finish_reason"], piece.get("stop_reason")))
-    return (
-        text,
-        [repr(entry) for part in logprobs for entry in (part[0] if part and isinstance(part[0], list) else part)],
-        end,
-    )
+    return text, logprobs, end
 
 
 def _columns(logprobs: dict[str, Any]) -> list[list[Any]]:
@@ -305,28 +303,20 @@ def _quantile(values: list[float], share: float) -> str:
 
 def table(outcomes: list[Outcome]) -> str:
     """By phase: faults, what they cost, how long it took."""
-    lines = [
-        "| phase | faults | recoveries | requests lost | requests wrong | first token p50 | p99 | max | all p50 | max |"
-    ]
-    lines.append("|---|---|---|---|---|---|---|---|---|---|")
+    names = ["phase", "faults", "recoveries", "requests lost", "requests wrong"]
+    names += ["first token p50", "p99", "max", "all streams p50", "max"]
+    lines = [names, ["---"] * len(names)]
     for phase in (*PHASES, "all"):
-        rows = [o for o in outcomes if o.effective and phase in (o.phase, "all")]
-        if not rows:
+        if not (rows := [o for o in outcomes if o.effective and phase in (o.phase, "all")]):
             continue
-        first, last = (
-            [s for o in rows if (s := get(o)) is not None] for get in (lambda o: o.first_s, lambda o: o.all_s)
-        )
-        cells = [
-            phase,
-            len(rows),
-            sum(o.recoveries for o in rows),
-            sum(o.lost for o in rows),
-            sum(o.wrong for o in rows),
+        first = [o.first_s for o in rows if o.first_s is not None]
+        last = [o.all_s for o in rows if o.all_s is not None]
+        counts = len(rows), sum(o.recoveries for o in rows), sum(o.lost for o in rows), sum(o.wrong for o in rows)
+        times = [_quantile(first, share) for share in (0.5, 0.99, 1.0)] + [
+            _quantile(last, share) for share in (0.5, 1.0)
         ]
-        cells += [_quantile(first, 0.5), _quantile(first, 0.99), _quantile(first, 1.0)]
-        cells += [_quantile(last, 0.5), _quantile(last, 1.0)]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+        lines.append([phase, *map(str, counts), *times])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 async def _campaign(arguments: argparse.Namespace, log: Path, done: int) -> None:

@@ -1,0 +1,79 @@
+"""A server whose ranks are lost: every stream goes on, in every bit as if nothing had happened.
+
+A sample of the matrix that `benchmarks/chaos.py` goes through.
+"""
+
+import asyncio
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from api_fakes import make_tokenizer
+from servers import command, launched
+
+from octavo.benchmarks.chaos import Chaos, Outcome, Planned, matrix, suffering, table
+
+NUM_RANKS = 2
+SAMPLE = [
+    Planned("kill", "idle", 1),
+    Planned("kill", "prefill", 0),
+    Planned("segv", "decode", 1),
+    Planned("stop", "decode", 0),
+    Planned("slow", "decode", 1),
+    Planned("kill", "collective", 1),
+    Planned("raise", "sampling", 0),
+    Planned("raise", "warm-up", 1),
+    Planned("kill", "recovery", 0),
+]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("chaos") / "tiny"
+    make_tokenizer(folder)
+    shutil.copytree(tiny_checkpoint("smollm2"), folder, dirs_exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runner() -> Iterator[asyncio.Runner]:
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+@pytest.fixture(scope="module")
+def chaos(model: Path, runner: asyncio.Runner) -> Iterator[Chaos]:
+    """One server for all faults."""
+    context = suffering(str(model), NUM_RANKS, "--kv-cache-memory-bytes", "8M", num_tokens=60)
+    yield runner.run(context.__aenter__())
+    runner.run(context.__aexit__(None, None, None))
+
+
+@pytest.mark.parametrize("planned", SAMPLE, ids=lambda planned: f"{planned.kind}-{planned.phase}-{planned.rank}")
+def test_nothing_is_lost_and_no_token_is_wrong(planned: Planned, chaos: Chaos, runner: asyncio.Runner) -> None:
+    assert planned in matrix(NUM_RANKS)
+    outcome = runner.run(chaos.suffer(0, planned))
+    print(asdict(outcome))
+    assert outcome.effective
+    assert (outcome.lost, outcome.wrong) == (0, 0)
+    assert outcome.recoveries == (0 if planned.kind == "slow" else 1)
+
+
+def test_the_table_counts_what_went_wrong() -> None:
+    outcomes = [
+        Outcome(0, "kill", "decode", 0, effective=True, recoveries=1, lost=1, wrong=2, first_s=1.0, all_s=3.0),
+        Outcome(1, "kill", "decode", 1, effective=True, recoveries=1, first_s=2.0, all_s=2.5),
+        Outcome(2, "kill", "idle", 1),  # it did not strike
+    ]
+    assert table(outcomes).splitlines()[2:] == [
+        "| decode | 2 | 2 | 1 | 2 | 2.00 | 2.00 | 2.00 | 3.00 | 3.00 |",
+        "| all | 2 | 2 | 1 | 2 | 2.00 | 2.00 | 2.00 | 3.00 | 3.00 |",
+    ]
+
+
+def test_faults_are_for_tests(model: Path, tmp_path: Path) -> None:
+    with launched(tmp_path / "log", *command(model), OCTAVO_FAULTS=str(tmp_path)) as server:
+        assert server.process.wait(20) == 1
+        assert server.log == "octavo: error: OCTAVO_FAULTS is set, which is for tests alone: with --test-faults\n"
