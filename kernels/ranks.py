@@ -15,7 +15,7 @@ from octavo.kernels.cpu.library import Args, launch
 
 ALIGNMENT = 64  # bytes between buffers
 HEADER_BYTES = 4096  # at the beginning of shared memory; also what regions are multiples of
-SPINS = 20000  # looks at a barrier, where each rank has cores of its own: longer than ranks are commonly apart
+SPINS = 2000  # looks at a barrier before sleeping, where each rank has a core: about what ranks are apart in a step
 
 
 class NativeRanks(ctypes.Structure):

@@ -12,13 +12,16 @@ from octavo.benchmarks.kernels import Load, Shape, Types, works
 from octavo.kernels import backend
 
 BF16 = torch.bfloat16
-SHAPE, LOAD = Shape(32, 4, 2, 16, 48, 80), Load(2, 3, 20)
+SHAPE, LOAD = Shape(64, 4, 2, 16, 96, 80), Load(2, 3, 20)
 OPS = {
     "matmul, QKV",
     "matmul, attention out",
     "gated_matmul",
     "matmul, down",
     "matmul, logits",
+    "gated_matmul_4bit",
+    "matmul_4bit, down",
+    "dequantize_4bit, down",
     "paged_attention",
     "rotary_kv_write",
     "rms_norm with residual",
@@ -46,10 +49,14 @@ def test_bytes_and_flops() -> None:
     found = {work.op: work for work in works(SHAPE, LOAD, Types(BF16, BF16))}
     assert found.keys() == OPS
     m = 6
-    assert found["matmul, QKV"].num_bytes == 2 * (128 * 32 + m * 32 + m * 128)
-    assert found["matmul, QKV"].flops == 2 * m * 128 * 32
-    assert found["gated_matmul"].num_bytes == 2 * (96 * 32 + m * 32 + m * 48)
-    assert found["matmul, logits"].num_bytes == 2 * (80 * 32 + 2 * 32) + 4 * 2 * 80
+    assert found["matmul, QKV"].num_bytes == 2 * (128 * 64 + m * 64 + m * 128)
+    assert found["matmul, QKV"].flops == 2 * m * 128 * 64
+    assert found["gated_matmul"].num_bytes == 2 * (192 * 64 + m * 64 + m * 96)
+    assert found["matmul, logits"].num_bytes == 2 * (80 * 64 + 2 * 64) + 4 * 2 * 80
+    # Half a byte for a code; a float32 for 64 of them, or two float16 for 32; 16 float32 of a table.
+    assert found["gated_matmul_4bit"].num_bytes == 192 * (64 // 2 + 4) + 64 + 2 * (m * 64 + m * 96)
+    assert found["matmul_4bit, down"].num_bytes == 64 * 3 * (32 // 2 + 4) + 64 + 2 * (m * 96 + m * 64)
+    assert found["dequantize_4bit, down"].num_bytes == 64 * 3 * (32 // 2 + 4) + 64 + 2 * 64 * 96
     # 40 cached tokens, keys and values of 2 heads of 16; each of 6 queries in and out; tokens see 18, 19 and 20.
     assert found["paged_attention"].num_bytes == 40 * 2 * 2 * 16 * 2 + 2 * m * 64 * 2
     assert found["paged_attention"].flops == 2 * (18 + 19 + 20) * 4 * 16 * 4

@@ -37,7 +37,7 @@ def test_bits(form: CodeFormat, in_poison: Poison) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dtypes(dtype: torch.dtype, in_poison: Poison) -> None:
     check(18, 320, dtype, FORMS[0], in_poison)
-    check(18, 320, dtype, FORMS[2], in_poison)
+    check(18, 384, dtype, FORMS[5], in_poison)
 
 
 @pytest.mark.slow

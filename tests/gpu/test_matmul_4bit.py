@@ -76,12 +76,11 @@ def test_gated_product(m: int, n: int, groups: int, form: int, dtype: torch.dtyp
 @pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS, ids=form_id)
 @pytest.mark.parametrize("dtype", list(TOLERANCES))
-@pytest.mark.parametrize("m", [1, 15, 17, 128, 129])
+@pytest.mark.parametrize("m", [15, 17, 129])
 def test_product_of_many_shapes(m: int, dtype: torch.dtype, form: CodeFormat, in_poison: Poison) -> None:
-    for n, k in ((16, 320), (65, 144)):
-        k = -(-k // form.group_size) * form.group_size
-        check_product(m, n, k, dtype, form, in_poison)
-        check_gated_product(m, -(-n // 16) * 16, k, dtype, form, n == 16, in_poison)
+    k = -(-144 // form.group_size) * form.group_size
+    check_product(m, 65, k, dtype, form, in_poison)
+    check_gated_product(m, 48, k, dtype, form, m == 17, in_poison)
 
 
 def test_tiles_by_turns() -> None:

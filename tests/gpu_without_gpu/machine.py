@@ -84,7 +84,7 @@ class Batch:
             self.special[f"%nctaid.{axis}"] = np.array([grid["xyz".index(axis)]], np.uint32)
             self.special[f"%ntid.{axis}"] = np.array([threads if axis == "x" else 1], np.uint32)
         self.symbols = {name: contents.ctypes.data for name, contents in code.data.items()}
-        self.matrices: dict[tuple[int, ...], tuple[object, Array]] = {}  # see matrix.py
+        self.matrices: dict[tuple[object, ...], tuple[object, Array]] = {}  # see matrix.py
         self._live = np.ones(self.num_lanes, bool)
         self._groups: dict[int, Array] = {}  # instruction -> lanes that go on there
         self._waiting: dict[int, Array] = {}  # instruction after a barrier -> lanes that wait at it

@@ -13,8 +13,8 @@ from gpu_without_gpu.errors import GpuError, Unsupported
 from gpu_without_gpu.formats import E4M3, E5M2, Array, bf16_to_f32
 from gpu_without_gpu.machine import Batch, Mask, Step
 from gpu_without_gpu.memory import MANY
-from gpu_without_gpu.operands import Read, destination, items, opcode, selector, source, spread
-from gpu_without_gpu.ptx import Group, Instruction
+from gpu_without_gpu.operands import destination, items, opcode, selector, source, spread
+from gpu_without_gpu.ptx import Group, Instruction, Operand, Register
 
 # Type -> (bits of an element as it lies in a register, raw elements -> numbers)
 ELEMENTS = {
@@ -28,18 +28,22 @@ ELEMENTS = {
 }
 
 
-def fragment(batch: Batch, reads: list[Read], kind: str, rows: int) -> Array:
+def fragment(batch: Batch, registers: list[int], kind: str, rows: int) -> Array:
     """The matrix that the warps hold in these registers: float64 [num_warps, 8 * rows, k].
 
     Lane 4 * g + t holds elements of row g (and g + 8 where `rows` is 2), at columns that begin at t elements' worth
     of a register.
     """
-    values = [batch.full(read(batch)) for read in reads]
-    key = (rows, *map(id, values))
+    values = [batch.registers[index] for index in registers]
+    key = (kind, rows, *map(id, values))
     if key in batch.matrices:  # registers are never changed in place: the same arrays are the same matrix
         return batch.matrices[key][1]
     raw, decode = ELEMENTS[kind]
-    stacked = np.stack(values).view(raw).reshape(-1, rows, batch.num_lanes // 32, 8, 4, 4 // np.dtype(raw).itemsize)
+    stacked = (
+        np.stack([batch.full(x.view(np.uint32)) for x in values])
+        .view(raw)
+        .reshape(-1, rows, batch.num_lanes // 32, 8, 4, 4 // np.dtype(raw).itemsize)
+    )
     ordered = stacked.transpose(2, 1, 3, 0, 4, 5)
     matrix = decode(np.ascontiguousarray(ordered)).reshape(ordered.shape[0], 8 * rows, -1).astype(np.float64)
     if len(batch.matrices) >= 64:
@@ -58,6 +62,14 @@ def accumulate(product: Array, accumulator: Array, integer: bool, saturate: bool
     return total.astype(np.int32).view(np.uint32)
 
 
+def _registers(instruction: Instruction, group: Operand) -> list[int]:
+    """The indices of registers of 32 bits."""
+    found = [part.index for part in items(group) if isinstance(part, Register) and part.bits == 32]
+    if len(found) != len(items(group)):
+        raise instruction.unsupported("operands")
+    return found
+
+
 @opcode("mma")
 def _mma(instruction: Instruction) -> Step:
     flags = instruction.only("sync aligned m16n8k4 m16n8k8 m16n8k16 m16n8k32 row col satfinite")
@@ -68,7 +80,8 @@ def _mma(instruction: Instruction) -> Step:
         raise instruction.unsupported("types")
     integer = result == "s32"
     k = next(int(match.group(1)) for flag in flags if (match := re.fullmatch(r"m16n8k(\d+)", flag)))
-    a, b, c = ([source(instruction, part, "b32") for part in items(group)] for group in instruction.operands[1:])
+    a, b = (_registers(instruction, group) for group in instruction.operands[1:3])
+    c = [source(instruction, part, "b32") for part in items(instruction.operands[3])]
     writes = [destination(instruction, part, "b32") for part in items(instruction.operands[0])]
     per_register = 4 // np.dtype(ELEMENTS[left][0]).itemsize
     if len(a) * 4 * per_register != 2 * k or len(b) * 4 * per_register != k or len(c) != 4 or len(writes) != 4:
@@ -140,7 +153,7 @@ def _wgmma(instruction: Instruction) -> Step:
     writes = [destination(instruction, register, "b32") for register in registers]
     befores = [source(instruction, register, "b32") for register in registers]
     keep = source(instruction, scale_d, "pred")
-    a_parts = [source(instruction, part, "b32") for part in items(a)] if isinstance(a, Group) else None
+    a_parts = _registers(instruction, a) if isinstance(a, Group) else None
     a_descriptor = source(instruction, a, "b64") if a_parts is None else None
     b_descriptor = source(instruction, b, "b64")
     integer, saturate = result == "s32", "satfinite" in instruction.flags

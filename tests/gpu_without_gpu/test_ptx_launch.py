@@ -10,8 +10,9 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import gpu_without_gpu
-from gpu_without_gpu import compile_only, sample_kernels
+from gpu_without_gpu import compile_only, matrix, sample_kernels
 from gpu_without_gpu.errors import Misaligned, OutOfBounds, StepLimit, Trap, Unsupported
+from gpu_without_gpu.formats import Array
 
 
 @pytest.fixture(autouse=True, params=[80, 90])
@@ -215,6 +216,19 @@ def test_a_row_of_a_product_depends_on_no_other() -> None:
         few = a[rows].contiguous()
         sample_kernels.matmul[(1,)](few, b, part, 256, *few.stride(), *b.stride(), M=16, **options)
         assert torch.equal(part, full[rows])
+
+
+def test_operands_of_several_products_are_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[int] = []
+    raw, decode = matrix.ELEMENTS["bf16"]
+
+    def counted(elements: Array) -> Array:
+        decoded.append(elements.size)
+        return decode(elements)
+
+    monkeypatch.setitem(matrix.ELEMENTS, "bf16", (raw, counted))
+    _check_matmul(16, 32, 32, 1, torch.bfloat16, (False, False), 1)
+    assert len(decoded) == 8 * (1 + 4)  # of each 16 values of k one block of 16 rows, and 4 of 8 columns
 
 
 def test_programs_diverge_and_leave_early() -> None:

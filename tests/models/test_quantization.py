@@ -599,12 +599,11 @@ def logits(model: Llama) -> Tensor:
 
 
 def weights(model: Llama) -> list[PackedWeight | Packed4Bit]:
-    found = [
-        part
-        for layer in model.layers
-        for part in (layer.attention.qkv, layer.attention.output, layer.mlp.gate_up, layer.mlp.down)
-    ]
-    return [model.embedding.weight, *(part.weight for part in [*found, *([model.head] if model.head else [])])]
+    found = [model.embedding.weight, *([model.head.weight] if model.head else [])]
+    for layer in model.layers:
+        found += [layer.attention.qkv.weight, *layer.attention.output.weights]
+        found += [layer.mlp.gate_up.weight, *layer.mlp.down.weights]
+    return found
 
 
 def num_bytes(weight: PackedWeight | Packed4Bit) -> int:
@@ -649,10 +648,10 @@ def dequantised_folder(path: Path, folder: Path, model: Llama) -> Path:
     config = model.config
     checkpoint = open_checkpoint(path, config)
     tensors = {}
-    for parts, k in linears(config):
-        for name, n in parts.items():
-            found = config.quantization
-            values = found.read(name, n, k, {part: checkpoint.read(part) for part in found.tensors(name, n, k)})
+    for parts, inputs in linears(config):
+        for name, outputs in parts.items():
+            found, shape = config.quantization, (outputs.whole, inputs[0].whole)
+            values = found.read(name, *shape, {part: checkpoint.read(part) for part in found.tensors(name, *shape)})
             if isinstance(values, QuantizedRows):
                 values, order = values.dequantize(torch.bfloat16), found.order(name)
                 values = values if order is None else torch.empty_like(values).index_copy_(1, order, values)
@@ -711,7 +710,7 @@ def test_parts_with_orders_of_their_own_are_kept_as_numbers(
     path = quantised_folder(tiny_checkpoint("llama2"), tmp_path / "model", {**GPTQ, "desc_act": True}, pack)
     model = loaded(path)
     packed = [isinstance(layer.mlp.gate_up.weight, Packed4Bit) for layer in model.layers]
-    assert packed == [False] * 3 and isinstance(model.layers[0].mlp.down.weight, Packed4Bit)
+    assert packed == [False] * 3 and isinstance(model.layers[0].mlp.down.weights[0], Packed4Bit)
 
 
 @pytest.mark.parametrize("wanted", ["nf4", "fp4", "int4"])
