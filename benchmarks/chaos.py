@@ -208,6 +208,7 @@ class Chaos:
             running.cancel()
         after = await self._recoveries()
         outcome.recoveries = int(after["count"] - before["count"])
+        outcome.effective &= bool(outcome.recoveries) or planned.kind == "slow"  # else it came too late to matter
         if outcome.recoveries:
             outcome.seconds = {phase: after[phase] - before[phase] for phase in after if phase != "count"}
         later = [min((t for t in s.times_s if t > struck_s), default=None) for s in streams]
