@@ -23,7 +23,7 @@ from octavo.models.batch import Activations, ForwardBatch
 from octavo.models.checkpoint import CheckpointError, SafetensorsCheckpoint, TensorInfo, open_checkpoint
 from octavo.models.config import ConfigError, ModelConfig, RopeConfig, parse_config, read_config
 from octavo.models.gguf import GgufFile, checkpoint_name
-from octavo.models.layers import rotary_table
+from octavo.models.layers import SummedLinear, rotary_table
 from octavo.models.llama import Llama
 from octavo.models.loader import load
 from octavo.models.memory import kv_block_shape, linears, num_vector_parameters, weight_bytes
@@ -604,7 +604,11 @@ def weights(model: Llama) -> list[PackedWeight | Packed4Bit]:
         for layer in model.layers
         for part in (layer.attention.qkv, layer.attention.output, layer.mlp.gate_up, layer.mlp.down)
     ]
-    return [model.embedding.weight, *(part.weight for part in [*found, *([model.head] if model.head else [])])]
+    parts = [*found, *([model.head] if model.head else [])]
+    return [
+        model.embedding.weight,
+        *(part.weights[0] if isinstance(part, SummedLinear) else part.weight for part in parts),
+    ]
 
 
 def num_bytes(weight: PackedWeight | Packed4Bit) -> int:
@@ -649,9 +653,9 @@ def dequantised_folder(path: Path, folder: Path, model: Llama) -> Path:
     config = model.config
     checkpoint = open_checkpoint(path, config)
     tensors = {}
-    for parts, k in linears(config):
-        for name, n in parts.items():
-            found = config.quantization
+    for parts, inputs in linears(config):
+        for name, outputs in parts.items():
+            n, k, found = len(outputs), inputs[0].whole, config.quantization
             values = found.read(name, n, k, {part: checkpoint.read(part) for part in found.tensors(name, n, k)})
             if isinstance(values, QuantizedRows):
                 values, order = values.dequantize(torch.bfloat16), found.order(name)
@@ -711,7 +715,7 @@ def test_parts_with_orders_of_their_own_are_kept_as_numbers(
     path = quantised_folder(tiny_checkpoint("llama2"), tmp_path / "model", {**GPTQ, "desc_act": True}, pack)
     model = loaded(path)
     packed = [isinstance(layer.mlp.gate_up.weight, Packed4Bit) for layer in model.layers]
-    assert packed == [False] * 3 and isinstance(model.layers[0].mlp.down.weight, Packed4Bit)
+    assert packed == [False] * 3 and isinstance(model.layers[0].mlp.down.weights[0], Packed4Bit)
 
 
 @pytest.mark.parametrize("wanted", ["nf4", "fp4", "int4"])
