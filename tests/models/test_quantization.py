@@ -23,7 +23,7 @@ from octavo.models.batch import Activations, ForwardBatch
 from octavo.models.checkpoint import CheckpointError, SafetensorsCheckpoint, TensorInfo, open_checkpoint
 from octavo.models.config import ConfigError, ModelConfig, RopeConfig, parse_config, read_config
 from octavo.models.gguf import GgufFile, checkpoint_name
-from octavo.models.layers import rotary_table
+from octavo.models.layers import SummedLinear, rotary_table
 from octavo.models.llama import Llama
 from octavo.models.loader import load
 from octavo.models.memory import kv_block_shape, linears, num_vector_parameters, weight_bytes
