@@ -95,7 +95,9 @@ def empty_packed(n: int, k: int, dtype: torch.dtype, num_parts: int = 1) -> Pack
     return PackedWeight(data, n, k, num_parts)
 
 
-class _Args(Args):
+class MatmulArgs(Args):
+    """Of the native products; what a weight's address is of is the op's own matter."""
+
     _fields_ = [
         ("m", ctypes.c_int64),
         ("x", ctypes.c_void_p),
@@ -186,18 +188,24 @@ def _launch(x: Tensor, weight: PackedWeight, bias: Tensor | None, residual: Tens
 
         gpu.launch(x, weight.data.view(-1, weight.k), bias, residual, out, gated=weight.num_parts == 2)
         return
-    args = _Args(
+    launch("octavo_matmul", matmul_args(x, weight.data, weight.n, weight.num_parts, bias, residual, out))
+
+
+def matmul_args(
+    x: Tensor, data: Tensor, n: int, num_parts: int, bias: Tensor | None, residual: Tensor | None, out: Tensor
+) -> MatmulArgs:
+    """For a native product with a packed weight of n rows."""
+    return MatmulArgs(
         x.shape[0],
         address(x),
-        address(weight.data),
+        address(data),
         address(bias),
         address(residual),
         address(out),
-        weight.n,
-        weight.k,
+        n,
+        x.shape[1],
         x.stride(0),
-        weight.dtype == torch.bfloat16,
+        x.dtype == torch.bfloat16,
         out.dtype == torch.bfloat16,
-        weight.num_parts == 2,
+        num_parts == 2,
     )
-    launch("octavo_matmul", args)

@@ -1,5 +1,6 @@
 """Linear layers whose weights stay quantised: the product of the dequantised weight, in every bit."""
 
+import ctypes
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,50 +10,103 @@ from torch import Tensor
 from octavo.kernels import reference
 from octavo.kernels.backend import device, kernels
 from octavo.kernels.checks import check, compute_dtypes, output
+from octavo.kernels.cpu.library import Args, address, launch
+from octavo.kernels.matmul import PANEL, MatmulArgs, matmul_args
 
-SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-PANEL = 16
+SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # in the order of the native ops' ScaleType
+
+
+class QuantisedArgs(ctypes.Structure):
+    """A quantised weight, as the native ops take it among their arguments."""
+
+    _fields_ = [
+        ("codes", ctypes.c_void_p),
+        ("table", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("offsets", ctypes.c_void_p),
+        ("n", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+        ("group_size", ctypes.c_int64),
+        ("scale_type", ctypes.c_int32),
+        ("offsets_are_zeros", ctypes.c_int32),
+    ]
+
+
+class _PackArgs(Args):
+    _fields_ = [
+        ("rows", ctypes.c_int64),
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("offsets", ctypes.c_void_p),
+        ("row_begin", ctypes.c_int64),
+        ("panel_begin", ctypes.c_int64),
+        ("panel_step", ctypes.c_int64),
+        ("is_bf16", ctypes.c_int64),
+        ("weight", QuantisedArgs),
+    ]
+
+
+class _Args(Args):
+    _fields_ = [("product", MatmulArgs), ("weight", QuantisedArgs)]
+
+
+class _EmbeddingArgs(Args):
+    _fields_ = [
+        ("count", ctypes.c_int64),
+        ("out", ctypes.c_void_p),
+        ("ids", ctypes.c_void_p),
+        ("first_id", ctypes.c_int64),
+        ("num_parts", ctypes.c_int32),
+        ("is_bf16", ctypes.c_int32),
+        ("weight", QuantisedArgs),
+    ]
 
 
 @dataclass(frozen=True, slots=True)
 class CodeFormat:
     """What a weight's codes mean: round(table[code] * scale) in the compute dtype, in groups of `group_size` along k.
 
-    `table` has 16 entries, for codes of 4 bits. `shift` is what else each group has, in the scale's dtype: an "offset",
+    `table` has 16 entries, for codes of 4 bits; without one codes have 8 bits and are signed numbers: round(code *
+    scale). `shift` is what else each group has, in the scale's dtype: an "offset",
     round(fma(table[code], scale, offset)); or a "zero" point, for which offset = -(zero * scale), exact in float32
     where scale and zero point have 16 bits.
     """
 
-    table: tuple[float, ...]
+    table: tuple[float, ...] | None
     group_size: int
     scale_dtype: torch.dtype = torch.float32
     shift: Literal["offset", "zero"] | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError on a wrong field."""
-        if len(self.table) != 16:
+        if self.table is not None and len(self.table) != 16:
             raise ValueError(f"table: has {len(self.table)} entries, expected 16")
         if self.group_size < 16 or self.group_size % 16:
             raise ValueError(f"group_size: is {self.group_size}, expected a multiple of 16")
         if self.scale_dtype not in SCALE_DTYPES:
             raise ValueError(f"scale_dtype: is {self.scale_dtype}, expected {' or '.join(map(str, SCALE_DTYPES))}")
 
+    @property
+    def bits(self) -> int:
+        """Of a code: 4 or 8."""
+        return 8 if self.table is None else 4
+
 
 @dataclass(slots=True)
 class Packed4Bit:
-    """A quantised weight [n, k] in the order that the ops read.
+    """A quantised weight [n, k] in the order that the ops read: native ones panels of 16 rows, the others plain.
 
-    Plain, for Triton and torch: `codes` [n, k / 2] uint8, even k in the low half of a byte, odd k in the high one;
-    `scales` and `offsets` (or zero points; None without a shift) [n, k / group_size] in the format's scale dtype.
-    `table` is the format's, float32. The rows are `num_parts` parts of equal size. `dtype` is that of the dequantised
-    weight, of x and, usually, of the result.
+    Plain: `codes` [n, k / 2] uint8, even k in the low half of a byte, odd k in the high one (codes of 8 bits: [n, k]);
+    `scales`, and `offsets` or zero points (None without a shift), [n, k / group_size] in the format's scale dtype.
+    `table` is the format's, float32. The rows are `num_parts` parts of equal size, of which panels take turns. `dtype`
+    is that of the dequantised weight, of x and, usually, of the result.
     """
 
     format: CodeFormat
     n: int
     k: int
     dtype: torch.dtype
-    table: Tensor
+    table: Tensor | None
     codes: Tensor
     scales: Tensor
     offsets: Tensor | None
@@ -61,8 +115,8 @@ class Packed4Bit:
     def write_rows(self, begin: int, codes: Tensor, scales: Tensor, offsets: Tensor | None = None) -> None:
         """Place rows, of any device, at [begin, begin + rows) of one part.
 
-        codes: [rows, k] uint8, below 16; scales, and offsets or zero points: [rows, k / group_size], 16 or 32 bits.
-        Raises ValueError on a wrong argument.
+        codes: [rows, k] uint8: below 16, or the bits of signed numbers; scales, and offsets or zero points: [rows,
+        k / group_size], of 16 or 32 bits. Raises ValueError on a wrong argument.
         """
         form = self.format
         codes, scales = codes.to(self.codes.device), scales.to(self.codes.device)
@@ -77,20 +131,57 @@ class Packed4Bit:
         part, row_begin = divmod(begin, part_size)
         if not 0 <= part < self.num_parts or row_begin + rows > part_size:
             raise ValueError(f"codes: rows [{begin}, {begin + rows}) do not fit the {self.n} rows that are packed")
-        self.codes[begin : begin + rows] = codes[:, ::2] | codes[:, 1::2] << 4
+        codes, scales = codes.contiguous(), scales.to(form.scale_dtype).contiguous()
+        offsets = None if offsets is None else offsets.to(form.scale_dtype).contiguous()
+        if kernels() == "native":
+            args = _PackArgs(
+                rows,
+                address(codes),
+                address(scales),
+                address(offsets),
+                row_begin,
+                part,
+                self.num_parts,
+                self.dtype == torch.bfloat16,
+                self.args(),
+            )
+            launch("octavo_pack_4bit", args)
+            return
+        self.codes[begin : begin + rows] = codes if form.bits == 8 else codes[:, ::2] | codes[:, 1::2] << 4
         self.scales[begin : begin + rows] = scales
         if self.offsets is not None and offsets is not None:
             self.offsets[begin : begin + rows] = offsets
 
     def plain_codes(self) -> Tensor:
-        """[n, k] uint8, where the layout is plain."""
-        return torch.stack((self.codes & 15, self.codes >> 4), dim=-1).flatten(1)
+        """[n, k] uint8, of a plain weight."""
+        return self.codes if self.table is None else torch.stack((self.codes & 15, self.codes >> 4), dim=-1).flatten(1)
+
+    def plain_rows(self, rows: Tensor) -> "Packed4Bit":
+        """Some of the rows of a plain weight, each as often as it is named."""
+        offsets = None if self.offsets is None else self.offsets[rows]
+        codes, scales = self.codes[rows], self.scales[rows]
+        return Packed4Bit(self.format, len(rows), self.k, self.dtype, self.table, codes, scales, offsets)
+
+    def args(self) -> QuantisedArgs:
+        """For a native op."""
+        return QuantisedArgs(
+            address(self.codes),
+            address(self.table),
+            address(self.scales),
+            address(self.offsets),
+            self.n,
+            self.k,
+            self.format.group_size,
+            SCALE_DTYPES.index(self.format.scale_dtype),
+            self.format.shift == "zero",
+        )
 
 
 def packed_4bit_bytes(n: int, k: int, form: CodeFormat) -> int:
     """Bytes of a quantised weight [n, k]: what `empty_packed_4bit` allocates."""
-    group_bytes = form.group_size // 2 + form.scale_dtype.itemsize * (2 if form.shift else 1)
-    return n * (k // form.group_size) * group_bytes + 16 * torch.float32.itemsize
+    rows = -(-n // PANEL) * PANEL if kernels() == "native" else n
+    group_bytes = form.group_size * form.bits // 8 + form.scale_dtype.itemsize * (2 if form.shift else 1)
+    return rows * (k // form.group_size) * group_bytes + (0 if form.table is None else 16 * 4)
 
 
 def empty_packed_4bit(n: int, k: int, dtype: torch.dtype, form: CodeFormat, num_parts: int = 1) -> Packed4Bit:
@@ -100,13 +191,16 @@ def empty_packed_4bit(n: int, k: int, dtype: torch.dtype, form: CodeFormat, num_
     """
     if dtype not in compute_dtypes():
         raise ValueError(f"dtype: is {dtype}, expected {' or '.join(map(str, compute_dtypes()))}")
+    if form.table is None and kernels() == "triton":
+        raise ValueError("table: is missing, but Triton's kernels take codes of 4 bits alone")
     if k % form.group_size:
         raise ValueError(f"k: is {k}, expected a multiple of the group size, {form.group_size}")
     if num_parts > 1 and n % (num_parts * PANEL):
         raise ValueError(f"n: is {n}, expected a multiple of {num_parts} parts of {PANEL}")
-    table = torch.tensor(form.table, dtype=torch.float32, device=device())
-    codes = torch.zeros((n, k // 2), dtype=torch.uint8, device=device())
-    scales = torch.zeros((n, k // form.group_size), dtype=form.scale_dtype, device=device())
+    table = None if form.table is None else torch.tensor(form.table, dtype=torch.float32, device=device())
+    rows = -(-n // PANEL) * PANEL if kernels() == "native" else n
+    codes = torch.zeros((rows, k * form.bits // 8), dtype=torch.uint8, device=device())
+    scales = torch.zeros((rows, k // form.group_size), dtype=form.scale_dtype, device=device())
     offsets = torch.zeros_like(scales) if form.shift else None
     return Packed4Bit(form, n, k, dtype, table, codes, scales, offsets, num_parts)
 
@@ -135,7 +229,7 @@ def matmul_4bit(
     if residual is not None:
         check(residual, "residual", (m, weight.n), out_dtype)
     out = output(out, (m, weight.n), out_dtype)
-    if kernels() != "triton":
+    if kernels() == "torch":
         return out.copy_(reference.matmul(x, dequantize_4bit(weight), bias, residual, out_dtype))
     _launch(x, weight, bias, residual, out)
     return out
@@ -153,7 +247,7 @@ def gated_matmul_4bit(x: Tensor, weight: Packed4Bit, bias: Tensor | None = None,
     if bias is not None:
         check(bias, "bias", (weight.n,), torch.float32)
     out = output(out, (x.shape[0], weight.n // 2), x.dtype)
-    if kernels() != "triton":
+    if kernels() == "torch":
         return out.copy_(reference.gated_matmul(x, dequantize_4bit(weight), bias))
     _launch(x, weight, bias, None, out)
     return out
@@ -162,20 +256,54 @@ def gated_matmul_4bit(x: Tensor, weight: Packed4Bit, bias: Tensor | None = None,
 def dequantize_4bit(weight: Packed4Bit, out: Tensor | None = None) -> Tensor:
     """The weight as numbers, [n, k] in its compute dtype, in `out` if given."""
     out = output(out, (weight.n, weight.k), weight.dtype)
-    if kernels() != "triton":
-        form = weight.format
-        return out.copy_(
-            reference.dequantize_4bit(
-                weight.plain_codes(), weight.table, weight.scales, weight.offsets, form.shift, weight.dtype
-            )
-        )
-    from octavo.kernels.gpu import dequantize_4bit as gpu
+    if kernels() == "native":
+        _launch_rows(weight, None, 0, out)
+    elif kernels() == "triton":
+        from octavo.kernels.gpu import dequantize_4bit as gpu
 
-    gpu.launch(weight, out)
+        gpu.launch(weight, out)
+    else:
+        codes, shift = weight.plain_codes(), weight.format.shift
+        out.copy_(reference.dequantize_4bit(codes, weight.table, weight.scales, weight.offsets, shift, weight.dtype))
     return out
 
 
-def _launch(x: Tensor, weight: Packed4Bit, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> None:
-    from octavo.kernels.gpu import matmul_4bit as gpu
+def embedding_4bit(token_ids: Tensor, weight: Packed4Bit, out: Tensor | None = None, first_id: int = 0) -> Tensor:
+    """`embedding` in the dequantised weight.
 
-    gpu.launch(x, weight, bias, residual, out, gated=weight.num_parts == 2)
+    token_ids: [tokens] int32. Returns [tokens, k], in `out` if given. Raises ValueError on a wrong argument.
+    """
+    check(token_ids, "token_ids", (None,), torch.int32)
+    if weight.num_parts != 1:
+        raise ValueError(f"weight: has {weight.num_parts} parts, expected 1")
+    out = output(out, (token_ids.shape[0], weight.k), weight.dtype)
+    if kernels() == "native":
+        _launch_rows(weight, token_ids, first_id, out)
+        return out
+    rows = token_ids.long() - first_id
+    inside = (rows >= 0) & (rows < weight.n)
+    dequantize_4bit(weight.plain_rows(rows.where(inside, 0)), out)
+    return out.mul_(inside[:, None])
+
+
+def _launch_rows(weight: Packed4Bit, token_ids: Tensor | None, first_id: int, out: Tensor) -> None:
+    args = _EmbeddingArgs(
+        out.shape[0],
+        address(out),
+        address(token_ids),
+        first_id,
+        weight.num_parts,
+        weight.dtype == torch.bfloat16,
+        weight.args(),
+    )
+    launch("octavo_embedding_4bit", args)
+
+
+def _launch(x: Tensor, weight: Packed4Bit, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> None:
+    if kernels() == "triton":
+        from octavo.kernels.gpu import matmul_4bit as gpu
+
+        gpu.launch(x, weight, bias, residual, out, gated=weight.num_parts == 2)
+        return
+    product = matmul_args(x, weight.codes, weight.n, weight.num_parts, bias, residual, out)
+    launch("octavo_matmul_4bit", _Args(product, weight.args()))

@@ -26,14 +26,16 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
 
 
 def dequantize_4bit(
-    codes: Tensor, table: Tensor, scales: Tensor, offsets: Tensor | None, shift: str | None, dtype: torch.dtype
+    codes: Tensor, table: Tensor | None, scales: Tensor, offsets: Tensor | None, shift: str | None, dtype: torch.dtype
 ) -> Tensor:
     """table[code] * scale, with an offset or less the zero point, rounded to float32 and then to `dtype`.
 
-    codes: [n, k], of 4 bits; table: [16]; scales, and offsets or zero points: [n, k / group size]; returns [n, k].
+    codes: [n, k] uint8, of 4 bits; without a table the bits of int8; scales, and offsets or zero points: [n,
+    k / group size]; returns [n, k].
     """
     scale = scales.double().unsqueeze(2)
-    values: Tensor = table.double()[codes.long()].unflatten(1, (scales.shape[1], -1)) * scale
+    values: Tensor = codes.view(torch.int8).double() if table is None else table.double()[codes.long()]
+    values = values.unflatten(1, (scales.shape[1], -1)) * scale
     if offsets is not None:
         offset = offsets.double().unsqueeze(2)
         values = values + (-(offset * scale).float() if shift == "zero" else offset)

@@ -22,6 +22,9 @@ typedef uint32_t u32x16 __attribute__((vector_size(64)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
 
 using bf16 = uint16_t;  // the upper half of a float's bits
+struct f16 {            // IEEE half precision
+    uint16_t bits;
+};
 
 constexpr float NEG_INF = -std::numeric_limits<float>::infinity();
 
@@ -99,6 +102,22 @@ inline f32x16 load(const bf16* p) {
     return (f32x16)wide;
 }
 
+inline f32x16 load(const f16* p) {
+#if defined(__AVX512F__)
+    return (f32x16)_mm512_cvtph_ps(load_vec<__m256i>(p));
+#elif defined(__F16C__)
+    union {
+        __m256 h[2];
+        f32x16 v;
+    } x{{_mm256_cvtph_ps(load_vec<__m128i>(p)), _mm256_cvtph_ps(load_vec<__m128i>(p + 8))}};
+    return x.v;
+#else
+    f32x16 v;
+    for (int i = 0; i < LANES; i++) v[i] = (float)load_vec<_Float16>(p + i);
+    return v;
+#endif
+}
+
 // Round to nearest, ties to even; NaN stays NaN.
 inline bf16 to_bf16(float f) {
     uint32_t bits;
@@ -140,22 +159,59 @@ inline f32x16 store_rounded(bf16* p, f32x16 v) {
 inline void store_one(float* p, float f) { *p = f; }
 inline void store_one(bf16* p, float f) { *p = to_bf16(f); }
 
+// Entries of a table at indices, of which the lowest four bits count.
+inline f32x16 look_up(f32x16 table, u32x16 index) {
+#if defined(__AVX512F__)
+    return (f32x16)_mm512_permutexvar_ps((__m512i)index, (__m512)table);
+#elif defined(__AVX2__)
+    union U {
+        f32x16 v;
+        __m256 h[2];
+    } t{table}, i{(f32x16)index}, high{(f32x16)(index << 28)};
+    for (int part = 0; part < 2; part++) {  // an instruction has eight entries: the fourth bit, as a sign, selects
+        const __m256i lane = (__m256i)i.h[part];
+        const __m256 low = _mm256_permutevar8x32_ps(t.h[0], lane), up = _mm256_permutevar8x32_ps(t.h[1], lane);
+        i.h[part] = _mm256_blendv_ps(low, up, high.h[part]);
+    }
+    return i.v;
+#else
+    f32x16 v;
+    for (int i = 0; i < LANES; i++) v[i] = table[index[i] & 15];
+    return v;
+#endif
+}
+
 // What matrix products are made of. A step takes STEP consecutive elements of x, broadcast, and as many for each of 16
 // lanes of w ([16][STEP], paired as bfloat16 dot-product instructions take them), and adds the products to acc.
 template <typename T>
 constexpr int STEP = sizeof(T) == 2 ? 2 : 1;
 
-inline f32x16 step(f32x16 acc, const float* x, const float* w) { return fma(load(w), splat(*x), acc); }
-inline f32x16 step(f32x16 acc, const bf16* x, const bf16* w) {
+inline f32x16 step(f32x16 acc, const float* x, u32x16 w) { return fma((f32x16)w, splat(*x), acc); }
+inline f32x16 step(f32x16 acc, const bf16* x, u32x16 w) {
     uint32_t pair;
     std::memcpy(&pair, x, 4);
 #if defined(__AVX512BF16__)
-    return (f32x16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)load_vec<__m512i>(w));
+    return (f32x16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)w);
 #else
-    const u32x16 both = load_vec<u32x16>(w);
     const float lo = to_float((bf16)(pair & 0xffff)), hi = to_float((bf16)(pair >> 16));
-    acc = fma((f32x16)(both << 16), splat(lo), acc);
-    return fma((f32x16)(both & 0xffff0000u), splat(hi), acc);
+    acc = fma((f32x16)(w << 16), splat(lo), acc);
+    return fma((f32x16)(w & 0xffff0000u), splat(hi), acc);
+#endif
+}
+template <typename T>
+inline f32x16 step(f32x16 acc, const T* x, const T* w) {
+    return step(acc, x, load_vec<u32x16>(w));
+}
+
+// 32 numbers rounded to bfloat16: those of `a` and then those of `b`.
+inline u32x16 to_bf16(f32x16 a, f32x16 b) {
+#if defined(__AVX512BF16__)
+    return (u32x16)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+#else
+    bf16 both[2 * LANES];
+    store(both, a);
+    store(both + LANES, b);
+    return load_vec<u32x16>(both);
 #endif
 }
 
