@@ -16,14 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from octavo.kernels import backend
 from octavo.kernels.matmul import PackedWeight, packed_bytes
 from octavo.kernels.matmul_4bit import Packed4Bit
 from octavo.models.batch import Activations, ForwardBatch
 from octavo.models.checkpoint import CheckpointError, SafetensorsCheckpoint, TensorInfo, open_checkpoint
 from octavo.models.config import ConfigError, ModelConfig, RopeConfig, parse_config, read_config
 from octavo.models.gguf import GgufFile, checkpoint_name
-from octavo.models.layers import SummedLinear, rotary_table
+from octavo.models.layers import rotary_table
 from octavo.models.llama import Llama
 from octavo.models.loader import load
 from octavo.models.memory import kv_block_shape, linears, num_vector_parameters, weight_bytes
@@ -563,8 +562,7 @@ def test_compressed_tensors_of_another_shape(tmp_path: Path) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(backend, "_kernels", "torch")
+def _no_gradients() -> Iterator[None]:
     with torch.no_grad():
         yield
 
