@@ -290,12 +290,12 @@ def _log_start(config: ServerConfig, client: EngineClient, listener: socket.sock
     context = info.num_blocks * info.block_size
     logger.info("octavo %s serves %s (%s)", __version__, config.model_name, info.architecture)
     logger.info(
-        "%s, %.1f M parameters, on %s, kernels %s, %d ranks of %d threads, loaded in %.1f s",
+        "%s, %.1f M parameters, on %s, kernels %s, %s%d threads, loaded in %.1f s",
         info.dtype,
         info.num_parameters / 1e6,
         info.device,
         info.kernels,
-        len(info.ranks),
+        f"{len(info.ranks)} ranks of " if len(info.ranks) > 1 else "",
         info.num_threads,
         info.load_s,
     )
