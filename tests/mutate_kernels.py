@@ -20,8 +20,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -71,12 +71,12 @@ OTHERS = {"lt": "le", "le": "lt", "gt": "ge", "ge": "gt"}
 
 @dataclass(frozen=True)
 class Mutant:
-    """A changed module, or a changed PTX of one form of a kernel."""
+    """A changed module, or changed PTX of a kernel's compiled forms."""
 
     kernel: str
     name: str  # says what is changed, and is unique
     source: str = ""
-    ptx: tuple[str, str] = ("", "")  # what it is, what it becomes
+    ptx: Mapping[str, str] = field(default_factory=dict, hash=False)  # what it is, what it becomes
 
 
 # ------------------------------------------------------------------------------------------------ changes of the source
@@ -239,32 +239,44 @@ def code_of(text: str) -> str:
 
 
 def ptx_mutants(kernel: str, source: str, texts: list[str]) -> Iterator[Mutant]:
-    """Every mutant of the form of each kernel that synchronises most."""
-    chosen: dict[str, str] = {}
-    for text in sorted(texts, key=lambda text: (-len(re.findall(r"bar\.sync|cp\.async\.wait_group", text)), text)):
+    """Every mutant of each kernel: a barrier or wait of the form that has most; a line's compares in every form."""
+    forms: dict[str, list[str]] = {}
+    for text in sorted(set(texts), key=lambda text: (-len(re.findall(r"bar\.sync|cp\.async\.wait_group", text)), text)):
         found = re.search(r"\.entry\s+(\w+)", text)
         assert found is not None
-        chosen.setdefault(found[1], text)
-    for entry, text in sorted(chosen.items()):
+        if f"def {found[1]}(" in source:
+            forms.setdefault(found[1], []).append(text)
+    for entry, (text, *others) in sorted(forms.items()):
         for what, pattern in (("barrier", r"bar\.sync\s+0;"), ("wait", r"cp\.async\.wait_group\s+\d+;")):
             matches = list(re.finditer(pattern, text))
             for i, match in enumerate(matches):
                 name = f"{entry}: ptx, {what} {i + 1} of {len(matches)} => dropped"
-                yield Mutant(kernel, name, "", (text, text[: match.start()] + text[match.end() :]))
-        ours = [found[1] for found in re.finditer(r'\.file\s+(\d+)\s+"(.*)"', text) if Path(found[2]).stem == kernel]
-        lines, line, compares = text.splitlines(keepends=True), "", dict[str, list[int]]()
-        for i, instruction in enumerate(lines):
-            if place := re.match(r"\s*\.loc\s+(\d+)\s+(\d+)", instruction):
-                line = source.splitlines()[int(place[2]) - 1].strip() if place[1] in ours else "the library"
-            elif re.search(r"setp\.(lt|le|gt|ge)\.[su]\d", instruction):
-                compares.setdefault(line, []).append(i)
-        for line, places in sorted(compares.items()):
-            new = [
-                re.sub(r"(?<=setp\.)\w\w", lambda found: OTHERS[found[0]], each) if at in places else each
-                for at, each in enumerate(lines)
-            ]
-            name = f"{entry}: ptx, compares of: {line} => lt for le"
-            yield Mutant(kernel, name, "", (text, "".join(new)))
+                yield Mutant(kernel, name, "", {text: text[: match.start()] + text[match.end() :]})
+        changed: dict[str, dict[str, str]] = {}
+        for form in (text, *others):
+            lines = form.splitlines(keepends=True)
+            for place, compares in _compares(kernel, source, form).items():
+                new = [
+                    re.sub(r"(?<=setp\.)\w\w", lambda found: OTHERS[found[0]], each) if at in compares else each
+                    for at, each in enumerate(lines)
+                ]
+                changed.setdefault(place, {})[form] = "".join(new)
+        for place, ptx in sorted(changed.items()):
+            yield Mutant(kernel, f"{entry}: ptx, compares of: {place} => lt for le", "", ptx)
+
+
+def _compares(kernel: str, source: str, text: str) -> dict[str, list[int]]:
+    """The lines of PTX that compare integers by order, by the line of the kernel's source that they come from."""
+    ours = [found[1] for found in re.finditer(r'\.file\s+(\d+)\s+"(.*)"', text) if Path(found[2]).stem == kernel]
+    place, compares = "", dict[str, list[int]]()
+    for at, instruction in enumerate(text.splitlines()):
+        if found := re.match(r"\s*\.loc\s+(\d+)\s+(\d+)", instruction):
+            place = source.splitlines()[int(found[2]) - 1].strip() if found[1] in ours else "the library"
+            if found[2] == "0":
+                place = "no line"
+        elif re.search(r"setp\.(lt|le|gt|ge)\.[su]\d", instruction):
+            compares.setdefault(place, []).append(at)
+    return compares
 
 
 # --------------------------------------------------------------------------------------------------------------- trials
@@ -281,8 +293,8 @@ class Judge:
         self.verdict["code"].append(code_of(text))
         if self._mutant is None:
             self.verdict["ptx"].append(text)
-        elif text == self._mutant.ptx[0]:
-            text = self._mutant.ptx[1]
+        else:
+            text = self._mutant.ptx.get(text, text)
         return self._load(text)
 
     def pytest_exception_interact(self, node: Any, call: Any, report: Any) -> None:
@@ -432,7 +444,7 @@ def run(kernel: str, count: int | None, seed: int, jobs: int, only: list[str], r
         raise SystemExit(f"{kernel}: its tests fail without a change\n{unchanged.log}")
     deadline = 20 + 4 * float(verdict["seconds"])
     mutants = list(source_mutants(kernel, source, kernel in SAME_BITS))
-    from_ptx = [] if kernel == "math" else [each for each in ptx_mutants(kernel, source, verdict["ptx"])]
+    from_ptx = list(ptx_mutants(kernel, source, verdict["ptx"]))
     if only:
         mutants, from_ptx = [[x for x in some if any(part in x.name for part in only)] for some in (mutants, from_ptx)]
     chosen = sampled(mutants, count, seed) + sampled(from_ptx, count and (count + 1) // 2, seed)

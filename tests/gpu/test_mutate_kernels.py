@@ -47,11 +47,14 @@ def test_mutants_of_ptx() -> None:
         cp.async.wait_group 1;
         .file 1 "/kernels/copy.py"
     """
-    mutants = {mutant.name: mutant.ptx[1] for mutant in mutate_kernels.ptx_mutants("copy", "a\nb\n c < d\n", [text])}
-    assert mutants == {
-        "copy: ptx, barrier 1 of 1 => dropped": text.replace("bar.sync 0;", ""),
-        "copy: ptx, wait 1 of 1 => dropped": text.replace("cp.async.wait_group 1;", ""),
-        "copy: ptx, compares of: c < d => lt for le": text.replace("setp.lt", "setp.le"),
+    other = text.replace("bar.sync 0;", "")
+    found = mutate_kernels.ptx_mutants("copy", "def copy(\nb\n c < d\n", [other, text, text.replace("copy", "library")])
+    assert {mutant.name: mutant.ptx for mutant in found} == {
+        "copy: ptx, barrier 1 of 1 => dropped": {text: text.replace("bar.sync 0;", "")},
+        "copy: ptx, wait 1 of 1 => dropped": {text: text.replace("cp.async.wait_group 1;", "")},
+        "copy: ptx, compares of: c < d => lt for le": {
+            form: form.replace("setp.lt", "setp.le") for form in (text, other)
+        },
     }
 
 
