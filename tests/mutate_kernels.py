@@ -3,8 +3,8 @@
     python tests/mutate_kernels.py [--sample N | --all] [--jobs N] [kernel ...]
 
 Mutants are made of what `triton.jit` decorates, and of the PTX of one launch of each kernel. Each runs in a fork of a
-process that has imported everything. What has been found out is kept in build/mutation.jsonl, so that a run which was
-stopped goes on, and survivors are tried again once tests have changed. docs/mutation.md tells more.
+process that has imported everything. What has been found out is kept in build/mutation.jsonl and build/mutation, so that
+a run which was stopped goes on, and survivors are tried again once tests have changed. docs/mutation.md tells more.
 """
 
 import argparse
@@ -297,6 +297,15 @@ class Judge:
             text = self._mutant.ptx.get(text, text)
         return self._load(text)
 
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        """The first case of every test, then every second one, and so on: most faults show in some test's first."""
+        seen: Counter[str] = Counter()
+        turns = {}
+        for item in items:
+            seen[item.originalname] += 1
+            turns[item] = seen[item.originalname]
+        items.sort(key=turns.__getitem__)
+
     def pytest_exception_interact(self, node: Any, call: Any, report: Any) -> None:
         error = call.excinfo.value
         is_invalid = type(error).__name__ in ("CompilationError", "PTXASError") or "PassManager" in str(error)
@@ -330,21 +339,8 @@ def _child(mutant: Mutant | None, kernel: str, folder: Path) -> None:
         setattr(octavo.kernels.gpu, kernel, module)
     judge = Judge(mutant, load)
     vars(driver)["load"] = judge.load
-    options = [
-        "-x",
-        "-m",
-        "not slow",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:hypothesispytest",
-        "--assert",
-        "plain",
-        "--rootdir",
-        str(ROOT),
-        "--timeout",
-        "0",
-    ]
+    options = "-x -p no:cacheprovider -p no:hypothesispytest --assert plain --timeout 0 --rootdir".split()
+    options += [str(ROOT), "-m", "not slow"]
     code = pytest.main([*TESTS[kernel], *options], plugins=[judge])
     if code not in (0, 1):
         judge.verdict |= {"outcome": "invalid", "by": f"pytest ended with {code}"}
@@ -424,6 +420,18 @@ def _digest(*paths: Path) -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:12]
 
 
+def _unchanged(kernel: str, kept: Path) -> dict[str, Any]:
+    """The verdict on the kernel as it is, with the PTX that its tests run: what is in a file, else what is put there."""
+    if kept.exists():
+        return dict(json.loads(kept.read_text()))
+    trial = Trial(None, kernel)
+    verdict = trial.wait(600)
+    if verdict["outcome"] != "survived":
+        raise SystemExit(f"{kernel}: its tests fail without a change\n{trial.log}")
+    kept.write_text(json.dumps(verdict))
+    return verdict
+
+
 def run(kernel: str, count: int | None, seed: int, jobs: int, only: list[str], results: Path) -> list[dict[str, Any]]:
     """The verdicts on a kernel's mutants, those that are known already included."""
     source = (KERNELS / f"{kernel}.py").read_text()
@@ -438,10 +446,7 @@ def run(kernel: str, count: int | None, seed: int, jobs: int, only: list[str], r
             if entry["kernel"] == kernel and is_valid:
                 known[entry["name"]] = entry
 
-    unchanged = Trial(None, kernel)
-    verdict = unchanged.wait(600)
-    if verdict["outcome"] != "survived":
-        raise SystemExit(f"{kernel}: its tests fail without a change\n{unchanged.log}")
+    verdict = _unchanged(kernel, results.with_suffix("") / f"{kernel}-{version}-{tests}.json")
     deadline = 20 + 4 * float(verdict["seconds"])
     mutants = list(source_mutants(kernel, source, kernel in SAME_BITS))
     from_ptx = list(ptx_mutants(kernel, source, verdict["ptx"]))
@@ -455,7 +460,6 @@ def run(kernel: str, count: int | None, seed: int, jobs: int, only: list[str], r
 
     found, waiting, running = [], [each for each in chosen if each.name not in known], list[Trial]()
     found += [known[each.name] for each in chosen if each.name in known]
-    results.parent.mkdir(exist_ok=True)
     while waiting or running:
         while waiting and len(running) < jobs:
             running.append(Trial(waiting.pop(0), kernel))
@@ -528,10 +532,11 @@ def main() -> int:
     torch.set_num_threads(1)
     count = None if options.all else options.sample
     found: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(prefix="mutation-") as cache:
-        os.environ["TRITON_CACHE_DIR"] = cache
-        for kernel in kernels:
-            found += run(kernel, count, options.seed, options.jobs, options.only, options.results)
+    folder = options.results.with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
+    for kernel in kernels:
+        found += run(kernel, count, options.seed, options.jobs, options.only, options.results)
     print("\n" + table(found))
     missed = [
         entry for entry in found if entry["outcome"] == "survived" and not explained(entry["kernel"], entry["name"])

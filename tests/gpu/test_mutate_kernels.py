@@ -83,7 +83,7 @@ def test_every_explanation_is_of_a_mutant() -> None:
 
 @pytest.mark.parametrize("kernel", ["embedding"])
 def test_a_fault_is_killed_and_an_equivalent_survives(kernel: str, tmp_path: Path) -> None:
-    results = tmp_path / "results"
+    results = tmp_path / "results.jsonl"
     fault, equivalent = "=> inside = (row >= 0) & (row <= num_ids)", "=> token = tl.program_id(0)"
     command = [sys.executable, mutate_kernels.__file__, kernel, "--jobs", "2", "--results", str(results)]
     subprocess.run([*command, "--only", fault, "--only", equivalent], capture_output=True)
