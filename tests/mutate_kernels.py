@@ -3,8 +3,8 @@
     python tests/mutate_kernels.py [--sample N | --all] [--jobs N] [kernel ...]
 
 Mutants are made of what `triton.jit` decorates, and of the PTX of one launch of each kernel. Each runs in a fork of a
-process that has imported everything. What has been found out is kept in build/mutation.jsonl and build/mutation, so that
-a run which was stopped goes on, and survivors are tried again once tests have changed. docs/mutation.md tells more.
+process that has imported everything. What has been found out is kept in build/mutation.jsonl and build/mutation: a run
+which was stopped goes on, and survivors are tried again once tests have changed. docs/mutation.md tells more.
 """
 
 import argparse
@@ -20,8 +20,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ class Mutant:
     kernel: str
     name: str  # says what is changed, and is unique
     source: str = ""
-    ptx: Mapping[str, str] = field(default_factory=dict, hash=False)  # what it is, what it becomes
+    ptx: tuple[tuple[str, str], ...] = ()  # what it is, what it becomes
 
 
 # ------------------------------------------------------------------------------------------------ changes of the source
@@ -251,8 +251,8 @@ def ptx_mutants(kernel: str, source: str, texts: list[str]) -> Iterator[Mutant]:
             matches = list(re.finditer(pattern, text))
             for i, match in enumerate(matches):
                 name = f"{entry}: ptx, {what} {i + 1} of {len(matches)} => dropped"
-                yield Mutant(kernel, name, "", {text: text[: match.start()] + text[match.end() :]})
-        changed: dict[str, dict[str, str]] = {}
+                yield Mutant(kernel, name, ptx=((text, text[: match.start()] + text[match.end() :]),))
+        changed: dict[str, list[tuple[str, str]]] = {}
         for form in (text, *others):
             lines = form.splitlines(keepends=True)
             for place, compares in _compares(kernel, source, form).items():
@@ -260,9 +260,9 @@ def ptx_mutants(kernel: str, source: str, texts: list[str]) -> Iterator[Mutant]:
                     re.sub(r"(?<=setp\.)\w\w", lambda found: OTHERS[found[0]], each) if at in compares else each
                     for at, each in enumerate(lines)
                 ]
-                changed.setdefault(place, {})[form] = "".join(new)
-        for place, ptx in sorted(changed.items()):
-            yield Mutant(kernel, f"{entry}: ptx, compares of: {place} => lt for le", "", ptx)
+                changed.setdefault(place, []).append((form, "".join(new)))
+        for place, forms_of in sorted(changed.items()):
+            yield Mutant(kernel, f"{entry}: ptx, compares of: {place} => lt for le", ptx=tuple(forms_of))
 
 
 def _compares(kernel: str, source: str, text: str) -> dict[str, list[int]]:
@@ -294,7 +294,7 @@ class Judge:
         if self._mutant is None:
             self.verdict["ptx"].append(text)
         else:
-            text = self._mutant.ptx.get(text, text)
+            text = dict(self._mutant.ptx).get(text, text)
         return self._load(text)
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
@@ -421,7 +421,7 @@ def _digest(*paths: Path) -> str:
 
 
 def _unchanged(kernel: str, kept: Path) -> dict[str, Any]:
-    """The verdict on the kernel as it is, with the PTX that its tests run: what is in a file, else what is put there."""
+    """The verdict on the kernel as it is, with the PTX that its tests run; it is kept in a file."""
     if kept.exists():
         return dict(json.loads(kept.read_text()))
     trial = Trial(None, kernel)

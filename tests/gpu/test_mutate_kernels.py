@@ -49,7 +49,7 @@ def test_mutants_of_ptx() -> None:
     """
     other = text.replace("bar.sync 0;", "")
     found = mutate_kernels.ptx_mutants("copy", "def copy(\nb\n c < d\n", [other, text, text.replace("copy", "library")])
-    assert {mutant.name: mutant.ptx for mutant in found} == {
+    assert {mutant.name: dict(mutant.ptx) for mutant in found} == {
         "copy: ptx, barrier 1 of 1 => dropped": {text: text.replace("bar.sync 0;", "")},
         "copy: ptx, wait 1 of 1 => dropped": {text: text.replace("cp.async.wait_group 1;", "")},
         "copy: ptx, compares of: c < d => lt for le": {
