@@ -3,8 +3,8 @@
     python tests/mutate_kernels.py [--sample N | --all] [--jobs N] [kernel ...]
 
 Mutants are made of what `triton.jit` decorates, and of the PTX of one launch of each kernel. Each runs in a fork of a
-process that has imported everything. What has been found out is kept in build/mutation.jsonl, so that a run which was
-stopped goes on, and survivors are tried again once tests have changed. docs/mutation.md tells more.
+process that has imported everything. What has been found out is kept in build/mutation.jsonl and build/mutation: a run
+which was stopped goes on, and survivors are tried again once tests have changed. docs/mutation.md tells more.
 """
 
 import argparse
@@ -71,12 +71,12 @@ OTHERS = {"lt": "le", "le": "lt", "gt": "ge", "ge": "gt"}
 
 @dataclass(frozen=True)
 class Mutant:
-    """A changed module, or a changed PTX of one form of a kernel."""
+    """A changed module, or changed PTX of a kernel's compiled forms."""
 
     kernel: str
     name: str  # says what is changed, and is unique
     source: str = ""
-    ptx: tuple[str, str] = ("", "")  # what it is, what it becomes
+    ptx: tuple[tuple[str, str], ...] = ()  # what it is, what it becomes
 
 
 # ------------------------------------------------------------------------------------------------ changes of the source
@@ -239,32 +239,44 @@ def code_of(text: str) -> str:
 
 
 def ptx_mutants(kernel: str, source: str, texts: list[str]) -> Iterator[Mutant]:
-    """Every mutant of the form of each kernel that synchronises most."""
-    chosen: dict[str, str] = {}
-    for text in sorted(texts, key=lambda text: (-len(re.findall(r"bar\.sync|cp\.async\.wait_group", text)), text)):
+    """Every mutant of each kernel: a barrier or wait of the form that has most; a line's compares in every form."""
+    forms: dict[str, list[str]] = {}
+    for text in sorted(set(texts), key=lambda text: (-len(re.findall(r"bar\.sync|cp\.async\.wait_group", text)), text)):
         found = re.search(r"\.entry\s+(\w+)", text)
         assert found is not None
-        chosen.setdefault(found[1], text)
-    for entry, text in sorted(chosen.items()):
+        if f"def {found[1]}(" in source:
+            forms.setdefault(found[1], []).append(text)
+    for entry, (text, *others) in sorted(forms.items()):
         for what, pattern in (("barrier", r"bar\.sync\s+0;"), ("wait", r"cp\.async\.wait_group\s+\d+;")):
             matches = list(re.finditer(pattern, text))
             for i, match in enumerate(matches):
                 name = f"{entry}: ptx, {what} {i + 1} of {len(matches)} => dropped"
-                yield Mutant(kernel, name, "", (text, text[: match.start()] + text[match.end() :]))
-        ours = [found[1] for found in re.finditer(r'\.file\s+(\d+)\s+"(.*)"', text) if Path(found[2]).stem == kernel]
-        lines, line, compares = text.splitlines(keepends=True), "", dict[str, list[int]]()
-        for i, instruction in enumerate(lines):
-            if place := re.match(r"\s*\.loc\s+(\d+)\s+(\d+)", instruction):
-                line = source.splitlines()[int(place[2]) - 1].strip() if place[1] in ours else "the library"
-            elif re.search(r"setp\.(lt|le|gt|ge)\.[su]\d", instruction):
-                compares.setdefault(line, []).append(i)
-        for line, places in sorted(compares.items()):
-            new = [
-                re.sub(r"(?<=setp\.)\w\w", lambda found: OTHERS[found[0]], each) if at in places else each
-                for at, each in enumerate(lines)
-            ]
-            name = f"{entry}: ptx, compares of: {line} => lt for le"
-            yield Mutant(kernel, name, "", (text, "".join(new)))
+                yield Mutant(kernel, name, ptx=((text, text[: match.start()] + text[match.end() :]),))
+        changed: dict[str, list[tuple[str, str]]] = {}
+        for form in (text, *others):
+            lines = form.splitlines(keepends=True)
+            for place, compares in _compares(kernel, source, form).items():
+                new = [
+                    re.sub(r"(?<=setp\.)\w\w", lambda found: OTHERS[found[0]], each) if at in compares else each
+                    for at, each in enumerate(lines)
+                ]
+                changed.setdefault(place, []).append((form, "".join(new)))
+        for place, forms_of in sorted(changed.items()):
+            yield Mutant(kernel, f"{entry}: ptx, compares of: {place} => lt for le", ptx=tuple(forms_of))
+
+
+def _compares(kernel: str, source: str, text: str) -> dict[str, list[int]]:
+    """The lines of PTX that compare integers by order, by the line of the kernel's source that they come from."""
+    ours = [found[1] for found in re.finditer(r'\.file\s+(\d+)\s+"(.*)"', text) if Path(found[2]).stem == kernel]
+    place, compares = "", dict[str, list[int]]()
+    for at, instruction in enumerate(text.splitlines()):
+        if found := re.match(r"\s*\.loc\s+(\d+)\s+(\d+)", instruction):
+            place = source.splitlines()[int(found[2]) - 1].strip() if found[1] in ours else "the library"
+            if found[2] == "0":
+                place = "no line"
+        elif re.search(r"setp\.(lt|le|gt|ge)\.[su]\d", instruction):
+            compares.setdefault(place, []).append(at)
+    return compares
 
 
 # --------------------------------------------------------------------------------------------------------------- trials
@@ -281,9 +293,18 @@ class Judge:
         self.verdict["code"].append(code_of(text))
         if self._mutant is None:
             self.verdict["ptx"].append(text)
-        elif text == self._mutant.ptx[0]:
-            text = self._mutant.ptx[1]
+        else:
+            text = dict(self._mutant.ptx).get(text, text)
         return self._load(text)
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        """The first case of every test, then every second one, and so on: most faults show in some test's first."""
+        seen: Counter[str] = Counter()
+        turns = {}
+        for item in items:
+            seen[item.originalname] += 1
+            turns[item] = seen[item.originalname]
+        items.sort(key=turns.__getitem__)
 
     def pytest_exception_interact(self, node: Any, call: Any, report: Any) -> None:
         error = call.excinfo.value
@@ -318,21 +339,8 @@ def _child(mutant: Mutant | None, kernel: str, folder: Path) -> None:
         setattr(octavo.kernels.gpu, kernel, module)
     judge = Judge(mutant, load)
     vars(driver)["load"] = judge.load
-    options = [
-        "-x",
-        "-m",
-        "not slow",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:hypothesispytest",
-        "--assert",
-        "plain",
-        "--rootdir",
-        str(ROOT),
-        "--timeout",
-        "0",
-    ]
+    options = "-x -p no:cacheprovider -p no:hypothesispytest --assert plain --timeout 0 --rootdir".split()
+    options += [str(ROOT), "-m", "not slow"]
     code = pytest.main([*TESTS[kernel], *options], plugins=[judge])
     if code not in (0, 1):
         judge.verdict |= {"outcome": "invalid", "by": f"pytest ended with {code}"}
@@ -412,6 +420,18 @@ def _digest(*paths: Path) -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:12]
 
 
+def _unchanged(kernel: str, kept: Path) -> dict[str, Any]:
+    """The verdict on the kernel as it is, with the PTX that its tests run; it is kept in a file."""
+    if kept.exists():
+        return dict(json.loads(kept.read_text()))
+    trial = Trial(None, kernel)
+    verdict = trial.wait(600)
+    if verdict["outcome"] != "survived":
+        raise SystemExit(f"{kernel}: its tests fail without a change\n{trial.log}")
+    kept.write_text(json.dumps(verdict))
+    return verdict
+
+
 def run(kernel: str, count: int | None, seed: int, jobs: int, only: list[str], results: Path) -> list[dict[str, Any]]:
     """The verdicts on a kernel's mutants, those that are known already included."""
     source = (KERNELS / f"{kernel}.py").read_text()
@@ -426,13 +446,10 @@ def run(kernel: str, count: int | None, seed: int, jobs: int, only: list[str], r
             if entry["kernel"] == kernel and is_valid:
                 known[entry["name"]] = entry
 
-    unchanged = Trial(None, kernel)
-    verdict = unchanged.wait(600)
-    if verdict["outcome"] != "survived":
-        raise SystemExit(f"{kernel}: its tests fail without a change\n{unchanged.log}")
+    verdict = _unchanged(kernel, results.with_suffix("") / f"{kernel}-{version}-{tests}.json")
     deadline = 20 + 4 * float(verdict["seconds"])
     mutants = list(source_mutants(kernel, source, kernel in SAME_BITS))
-    from_ptx = [] if kernel == "math" else [each for each in ptx_mutants(kernel, source, verdict["ptx"])]
+    from_ptx = list(ptx_mutants(kernel, source, verdict["ptx"]))
     if only:
         mutants, from_ptx = [[x for x in some if any(part in x.name for part in only)] for some in (mutants, from_ptx)]
     chosen = sampled(mutants, count, seed) + sampled(from_ptx, count and (count + 1) // 2, seed)
@@ -443,7 +460,6 @@ def run(kernel: str, count: int | None, seed: int, jobs: int, only: list[str], r
 
     found, waiting, running = [], [each for each in chosen if each.name not in known], list[Trial]()
     found += [known[each.name] for each in chosen if each.name in known]
-    results.parent.mkdir(exist_ok=True)
     while waiting or running:
         while waiting and len(running) < jobs:
             running.append(Trial(waiting.pop(0), kernel))
@@ -516,10 +532,11 @@ def main() -> int:
     torch.set_num_threads(1)
     count = None if options.all else options.sample
     found: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(prefix="mutation-") as cache:
-        os.environ["TRITON_CACHE_DIR"] = cache
-        for kernel in kernels:
-            found += run(kernel, count, options.seed, options.jobs, options.only, options.results)
+    folder = options.results.with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
+    for kernel in kernels:
+        found += run(kernel, count, options.seed, options.jobs, options.only, options.results)
     print("\n" + table(found))
     missed = [
         entry for entry in found if entry["outcome"] == "survived" and not explained(entry["kernel"], entry["name"])

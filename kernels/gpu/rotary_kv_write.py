@@ -48,7 +48,7 @@ def rotary_kv_write_kernel(
     BLOCK_REST: tl.constexpr,
 ):
     """BLOCK_HEADS of a token's heads: (a, b) becomes (a cos - b sin, b cos + a sin) for the pairs of queries and keys,
-    a of a head's first half, b of its second. A thread has both of a pair, so that none reads what is rotated already.
+    a of a head's first half, b of its second. A thread has both of a pair, and none reads what is rotated already.
     """
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + token)
@@ -72,6 +72,7 @@ def rotary_kv_write_kernel(
     wide_a, wide_b = a.to(tl.float32), b.to(tl.float32)
     a = tl.where(is_rotated[:, None], tl.fma(wide_a, cos, -(wide_b * sin)).to(a.dtype), a)
     b = tl.where(is_rotated[:, None], tl.fma(wide_b, cos, wide_a * sin).to(b.dtype), b)
+    tl.debug_barrier()  # where there are fewer pairs than threads, several read one, which one of them writes
     tl.store(pair_ptrs, a, mask=pair_mask & is_rotated[:, None])
     tl.store(pair_ptrs + half, b, mask=pair_mask & is_rotated[:, None])
 

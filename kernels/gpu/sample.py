@@ -182,6 +182,7 @@ def _edit(
         turn = tl.where((at < end) & (with_bans | (add > -_INF)), turn, -1)
         for now in range(0, tl.max(turn, axis=0) + 1):
             x = tl.load(x_ptr + ids, mask=turn == now, other=0.0)
+            tl.debug_barrier()  # there are fewer edits than threads: several read what one of them writes
             tl.store(x_ptr + ids, x + add, mask=turn == now)
             tl.debug_barrier()
 

@@ -47,11 +47,14 @@ def test_mutants_of_ptx() -> None:
         cp.async.wait_group 1;
         .file 1 "/kernels/copy.py"
     """
-    mutants = {mutant.name: mutant.ptx[1] for mutant in mutate_kernels.ptx_mutants("copy", "a\nb\n c < d\n", [text])}
-    assert mutants == {
-        "copy: ptx, barrier 1 of 1 => dropped": text.replace("bar.sync 0;", ""),
-        "copy: ptx, wait 1 of 1 => dropped": text.replace("cp.async.wait_group 1;", ""),
-        "copy: ptx, compares of: c < d => lt for le": text.replace("setp.lt", "setp.le"),
+    other = text.replace("bar.sync 0;", "")
+    found = mutate_kernels.ptx_mutants("copy", "def copy(\nb\n c < d\n", [other, text, text.replace("copy", "library")])
+    assert {mutant.name: dict(mutant.ptx) for mutant in found} == {
+        "copy: ptx, barrier 1 of 1 => dropped": {text: text.replace("bar.sync 0;", "")},
+        "copy: ptx, wait 1 of 1 => dropped": {text: text.replace("cp.async.wait_group 1;", "")},
+        "copy: ptx, compares of: c < d => lt for le": {
+            form: form.replace("setp.lt", "setp.le") for form in (text, other)
+        },
     }
 
 
@@ -80,7 +83,7 @@ def test_every_explanation_is_of_a_mutant() -> None:
 
 @pytest.mark.parametrize("kernel", ["embedding"])
 def test_a_fault_is_killed_and_an_equivalent_survives(kernel: str, tmp_path: Path) -> None:
-    results = tmp_path / "results"
+    results = tmp_path / "results.jsonl"
     fault, equivalent = "=> inside = (row >= 0) & (row <= num_ids)", "=> token = tl.program_id(0)"
     command = [sys.executable, mutate_kernels.__file__, kernel, "--jobs", "2", "--results", str(results)]
     subprocess.run([*command, "--only", fault, "--only", equivalent], capture_output=True)

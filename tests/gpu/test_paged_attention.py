@@ -92,7 +92,8 @@ class Case:
         wide[:, :width] = qkv
         out = torch.full((len(qkv), self.heads * self.head_size), float("nan"), dtype=self.dtype, device=device)
         lse = torch.full((len(qkv), self.heads), float("nan"), device=device)
-        tables = torch.cat([self.tables[which], torch.zeros((padding, self.tables.shape[1]), dtype=torch.int32)])
+        nowhere = torch.full((padding, self.tables.shape[1]), -(1 << 20), dtype=torch.int32)
+        tables = torch.cat([self.tables[which], nowhere])
         lens = torch.tensor([self.lengths[i][1] for i in which] + padding * [0], dtype=torch.int32)
         gpu.launch(
             out,
@@ -178,7 +179,7 @@ def test_lengths_at_every_edge() -> None:
 
 def test_nothing_is_read_behind_the_tables() -> None:
     for context in (112, 128, 144):  # whose last block is full, and the last of the tables
-        Case([(1, 40), (1, context)], 2, 1, 32, 16).check()
+        Case([(1, 40), (1, context)], 2, 1, 80, 16).check()
 
 
 @pytest.mark.slow

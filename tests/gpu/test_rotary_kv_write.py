@@ -38,7 +38,8 @@ class Case:
         self.cos_sin = torch.cat([angles.cos(), angles.sin()], dim=1)
         self.positions = torch.randint(0, 100, (tokens,), dtype=torch.int32, generator=generator)
         self.positions[0] = 99  # behind whose sines there is nothing
-        self.slots = torch.randperm(NUM_BLOCKS * block_size, generator=generator)[:tokens]
+        later = torch.randperm(NUM_BLOCKS * block_size - 1, generator=generator) + 1
+        self.slots = torch.cat([torch.tensor([0]), later])[:tokens]
         shape = (NUM_BLOCKS, 2, kv_heads, block_size, head_size)
         self.cache = torch.full(shape, 7.0).to(cache_dtype)
         self.scales = torch.full(shape[:-1], 7.0) if cache_dtype in reference.QUANTISED_MAX else None
@@ -79,6 +80,7 @@ class Case:
         (9, 3, 64, 64, 16, BF16, BF16),
         (4, 4, 80, 32, 64, F16, F16),
         (6, 1, 16, 16, 32, F32, F32),
+        (3, 2, 80, 80, 16, BF16, BF16),
         (3, 1, 96, 40, 16, F16, INT8),
         (40, 8, 128, 128, 32, BF16, INT8),
         (9, 3, 64, 64, 16, F16, FP8),
@@ -138,6 +140,14 @@ def test_scales_of_rows_that_are_zero_tiny_or_not_finite() -> None:
     assert scale[2].isnan()  # what is not a number stays so
     assert scale[3] == 1.0 and stored[3].tolist() == [127, 0, 2, 2, 0, -2, -2, 126] * 2
     assert scale[4] == torch.tensor(3.0) / 127 and (stored[4] == -127).all()
+
+
+@pytest.mark.parametrize("rotary_size", [40, 96])
+def test_scales_are_of_what_there_is(rotary_size: int) -> None:
+    """Small numbers, beside columns of a tile that no head has."""
+    case = Case(3, 2, 1, 96, rotary_size, 16, BF16, INT8)
+    case.qkv *= 1e-3
+    case.check()
 
 
 def test_rows_far_apart(far_apart: Callable[[torch.Tensor], torch.Tensor]) -> None:

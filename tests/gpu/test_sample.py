@@ -253,15 +253,15 @@ def test_penalties_by_hand(device: torch.device) -> None:
 @needs_native
 def test_each_option_alone(device: torch.device) -> None:
     options: list[dict[str, Any]] = [
-        {"presence_penalty": 2.5},
-        {"frequency_penalty": 2.5},
-        {"repetition_penalty": 9.0},
+        {"presence_penalty": 1.0},
+        {"frequency_penalty": 1.0},
+        {"repetition_penalty": 1 + 2.0**-20},
         {"allowed_begin": 0, "allowed_end": 2},
         {"edits_begin": 0, "edits_end": 1},
     ]
     rows = rows_of(*({**GREEDY, "prompt_len": 1, "total_len": 3, **option} for option in options))
     logits = torch.zeros((5, 65))
-    logits[:, 7], logits[:, 9] = 2.0, 1.0  # 7 is what is chosen unless an option counts
+    logits[:, 7], logits[:, 9] = 2.0, 2.0 - 2.0**-20  # 7 is what is chosen unless an option counts
     tokens, bias = torch.tensor([[7, 7, 7]], dtype=torch.int32), np.array([(9, 2.0)], EDIT)
     call = logits, rows, tokens, bias, np.array([9, 11], np.int32)
     got = on_gpu(call, device)
@@ -278,12 +278,14 @@ def exp_log_kernel(exps_ptr, logs_ptr, x_ptr, count, BLOCK: tl.constexpr):  # ty
     tl.store(logs_ptr + at, math.log(x), mask=at < count)
 
 
-# Bits of numbers whose exp or log is another one where one multiply-add, in its order, is rounded twice.
-WHERE_FUSING_SHOWS = np.array(
+# Bits of numbers whose exp or log is another one where one multiply-add, in its order, is rounded twice; or where the
+# last coefficient or the bound of the mantissa is off by 2^-20.
+WHERE_DETAILS_SHOW = np.array(
     [
         *(0xC2A2E3BC, 0xC26A48A4, 0xC2A2E3B8, 0xC28E1859, 0xC257283C, 0xC29244D8, 0x4259D03A, 0xC24909C0, 0x429EBB12),
         *(0xC2992F7B, 0xC29BF544, 0x3FAB7F01, 0x3FB37BC3, 0x3FB368AF, 0x3F3618B6, 0x3F9FE5E5, 0x3F3620F0, 0x3F369521),
         *(0x3F35082E, 0x3F350B2E, 0x3F35015F, 0x3F3509AE, 0x3F350417, 0x3F35095D, 0x32E3B165, 0x4AC48D7D, 0x79175F7D),
+        *(0x3E68CE8E, 0x3F3504F3, 0x3F3504F4, 0x3FB504F3, 0x3FB504F4, 0x403504F3, 0x403504F4, 0x3EB504F3, 0x3EB504F4),
     ],
     np.uint32,
 )
@@ -315,7 +317,7 @@ def test_exp_and_log_are_those_of_the_cpu(vec_h: ctypes.CDLL, device: torch.devi
     near = np.linspace(-90, 1, 50_001, dtype=np.float32)
     edges = np.array([0.0, -0.0, -np.inf, np.inf, 1.0, -87.0, 88.0, 2.0**-126, 1 - 2.0**-24], np.float32)
     edges = np.concatenate([edges, np.nextafter(edges, np.float32(-1000)), np.nextafter(edges, np.float32(1000))])
-    numbers = np.concatenate([every[~np.isnan(every)], near, edges, WHERE_FUSING_SHOWS.view(np.float32)])
+    numbers = np.concatenate([every[~np.isnan(every)], near, edges, WHERE_DETAILS_SHOW.view(np.float32)])
     x = torch.from_numpy(numbers).to(device)
     got = torch.full((2, len(numbers)), torch.nan, device=device)
     grid = (triton.cdiv(len(numbers), 1024),)

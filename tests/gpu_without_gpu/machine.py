@@ -14,7 +14,7 @@ import numpy as np
 
 from gpu_without_gpu.errors import GpuError, StepLimit
 from gpu_without_gpu.formats import UNSIGNED, Array
-from gpu_without_gpu.memory import AsyncCopies, GlobalMemory, SharedMemory
+from gpu_without_gpu.memory import AsyncCopies, GlobalAccesses, GlobalMemory, SharedMemory
 from gpu_without_gpu.ptx import Instruction, Kernel, Register
 
 Mask = Array | None
@@ -32,6 +32,7 @@ class Code:
     kernel: Kernel
     steps: list[Step | None]
     shared_unit: int  # bytes of the smallest access to shared memory
+    global_unit: int  # and of that to global memory
     data: dict[str, Array]  # module-level name -> its bytes
 
 
@@ -64,13 +65,17 @@ class Batch:
         self.num_lanes = threads * len(blocks)
         self.memory = memory
         self.shared = SharedMemory(len(blocks), shared_bytes, code.shared_unit, -(-threads // 32))
+        self.accesses = None
+        if threads > 32:  # one warp alone has nobody to race with
+            self.accesses = GlobalAccesses(memory, len(blocks), code.global_unit)
         self.copies = AsyncCopies(self.shared, self.num_lanes)
         self.registers: list[Any] = [Unwritten(register) for register in code.kernel.registers]
         self.parameters = dict(zip(code.kernel.parameters, parameters, strict=True))
         self.lanes = np.arange(self.num_lanes)
         self.block = self.lanes // threads  # of each lane
         thread = np.tile(np.arange(threads, dtype=np.uint32), len(blocks))
-        self.warp = thread.astype(np.int32) // 32  # within its block, of each lane
+        self.thread = thread.astype(np.int32)  # within its block, of each lane
+        self.warp = self.thread // 32
         zero = np.zeros(1, np.uint32)
         self.special = {
             "%tid.x": thread,
@@ -166,7 +171,7 @@ class Batch:
                 self._live &= ~self._lanes(active)
                 return self._release()
             elif active is None:  # a barrier of all
-                self.shared.barrier(None)
+                self._barrier(None)
                 position += 1
             else:
                 self._waiting[position + 1] = self._waiting.get(position + 1, False) | active
@@ -189,6 +194,11 @@ class Batch:
         both = holds & mask
         return (mask, True) if (both == mask).all() else (both, bool(both.any()))
 
+    def _barrier(self, blocks: Array | None) -> None:
+        self.shared.barrier(blocks)
+        if self.accesses is not None:
+            self.accesses.barrier(blocks)
+
     def _join(self, position: int, lanes: Array) -> None:
         self._groups[position] = self._groups[position] | lanes if position in self._groups else lanes
 
@@ -200,7 +210,7 @@ class Batch:
         ready = (waiting | ~self._live.reshape(self.num_blocks, -1)).all(1) & waiting.any(1)
         if not ready.any():
             return
-        self.shared.barrier(ready)
+        self._barrier(ready)
         go = np.repeat(ready, self.num_threads)
         for position, lanes in list(self._waiting.items()):
             if (lanes & go).any():

@@ -55,6 +55,7 @@ class GlobalMemory:
         self._ends = [end for _, end, _ in merged]
 
     def check(self, addresses: Array, size: int) -> None:
+        """`size` bytes at each address are within bounds."""
         if int(np.bitwise_or.reduce(addresses)) & (size - 1):
             raise Misaligned(f"{size} bytes at an address that is no multiple of {size}")
         low, high = int(addresses.min()), int(addresses.max())
@@ -66,6 +67,11 @@ class GlobalMemory:
         bad = (places < 0) | (addresses + size > ends[places]) if len(begins) else np.ones(len(addresses), bool)
         if bad.any():
             raise OutOfBounds(f"{int(bad.sum())} threads out of bounds: {self._where(int(addresses[bad][0]), size)}")
+
+    def range_of(self, addresses: Array) -> tuple[int, int] | None:
+        """Begin and end of the range where all of these lie, which are within bounds; None where there are several."""
+        place = bisect.bisect_right(self._begins, int(addresses.min())) - 1
+        return (self._begins[place], self._ends[place]) if int(addresses.max()) < self._ends[place] else None
 
     def _where(self, address: int, size: int) -> str:
         if not self._ranges:
@@ -99,6 +105,90 @@ class GlobalMemory:
         self.check(np.array([address]), bits // 8)
         index = (address - _START) // (bits // 8)
         return _WORDS[bits][index : index + 1]
+
+
+SPAN = 4096  # tags are period * SPAN + thread
+ATOMIC = SPAN - 1  # in place of a thread: one or several, by atomic operations
+SEVERAL = SPAN - 2  # in place of a thread: more than one
+MOST_WATCHED = 1 << 26  # bytes of a range; larger ones are not watched
+
+
+class GlobalAccesses:
+    """Which thread of a block touched what in global memory last. What blocks do to each other is not seen.
+
+    Between two of its barriers, a block is in a period, a number that no block has had before. For each unit (the
+    smallest access of the kernel) the last writer and reader are kept, as period and thread.
+    """
+
+    def __init__(self, memory: GlobalMemory, num_blocks: int, unit: int) -> None:
+        self.periods = np.arange(1, 1 + num_blocks)
+        self._memory, self._unit = memory, unit
+        self._shadows: dict[int, tuple[Array, Array]] = {}  # begin of a range -> last writer, last reader of its units
+        self._reads: list[tuple[int, int, Array, Array, int]] = []  # yet to be noted
+
+    def barrier(self, blocks: Array | None) -> None:
+        """All threads of these blocks have met; None: of all blocks."""
+        if blocks is None:
+            self._reads.clear()
+            self.periods += len(self.periods)
+        else:
+            self.periods[blocks] += len(self.periods)
+
+    def _units(self, begin: int, addresses: Array, size: int) -> Array:
+        first = addresses[:, None] // self._unit - begin // self._unit
+        return first if size == self._unit else first + np.arange(size // self._unit)
+
+    def _shadow(self, begin: int, end: int) -> tuple[Array, Array]:
+        if begin not in self._shadows:
+            count = (end - 1) // self._unit - begin // self._unit + 1
+            self._shadows[begin] = np.zeros(count, np.int64), np.zeros(count, np.int64)
+        return self._shadows[begin]
+
+    def _range(self, addresses: Array) -> tuple[int, int] | None:
+        found = self._memory.range_of(addresses)
+        return found if found is not None and found[1] - found[0] <= MOST_WATCHED else None
+
+    def read(self, addresses: Array, size: int, blocks: Array, threads: Array) -> None:
+        """`size` bytes at each address are read by these threads, numbers within their blocks."""
+        if (found := self._range(addresses)) is None:
+            return
+        tags = self.periods[blocks] * SPAN + threads
+        if found[0] in self._shadows:
+            writer = self._shadows[found[0]][0][self._units(found[0], addresses, size)]
+            _check(writer, tags[:, None], "read of what another thread wrote to global memory, with no barrier between")
+        self._reads.append((*found, addresses, tags, size))
+        if len(self._reads) > MOST_READS:
+            self._note_reads()
+
+    def _note_reads(self) -> None:
+        for begin, end, addresses, tags, size in self._reads:
+            _, reader = self._shadow(begin, end)
+            units = self._units(begin, addresses, size)
+            before, now = reader[units], np.broadcast_to(tags[:, None], units.shape)
+            now = np.where((before // SPAN == now // SPAN) & (before != now), now // SPAN * SPAN + SEVERAL, now)
+            reader[units] = now
+            clash = reader[units] != now  # several threads in this very read
+            reader[units[clash]] = now[clash] // SPAN * SPAN + SEVERAL
+        self._reads.clear()
+
+    def write(self, addresses: Array, size: int, blocks: Array, threads: Array, atomic: bool = False) -> None:
+        """`size` bytes at each address are written by these threads."""
+        if (found := self._range(addresses)) is None:
+            return
+        self._note_reads()
+        writer, reader = self._shadow(*found)
+        units = self._units(found[0], addresses, size)
+        tags = (self.periods[blocks] * SPAN + (ATOMIC if atomic else threads))[:, None]
+        _check(reader[units], tags, "write to global memory over what another thread read, with no barrier between")
+        _check(writer[units], tags, "write to global memory over what another thread wrote, with no barrier between")
+        writer[units] = tags
+        _check(writer[units], tags, "threads write to one place in global memory at once")
+
+
+def _check(before: Array, tags: Array, words: str) -> None:
+    """Whatever came before was in another period, or by the same thread."""
+    if ((before // SPAN == tags // SPAN) & (before != tags)).any():
+        raise Race(words)
 
 
 WARPS = 64  # tags are epoch * WARPS + warp

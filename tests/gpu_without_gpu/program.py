@@ -8,7 +8,7 @@ from gpu_without_gpu import arithmetic, matrix, transfers
 from gpu_without_gpu.formats import FORMATS
 from gpu_without_gpu.machine import Code, Step
 from gpu_without_gpu.operands import DECODERS
-from gpu_without_gpu.ptx import Immediate, Instruction, parse
+from gpu_without_gpu.ptx import Immediate, Instruction, Kernel, parse
 
 assert arithmetic and matrix and transfers  # importing them fills the table of opcodes
 
@@ -18,9 +18,8 @@ def load(text: str) -> Code:
     """Decode a kernel. Raises Unsupported for what is not understood, wherever in the kernel it stands."""
     kernel = parse(text)
     steps = [_decode(instruction) for instruction in kernel.instructions]
-    unit = min(map(_shared_access, kernel.instructions), default=16)
     data = {name: np.frombuffer(contents, np.uint8) for name, contents in kernel.data.items()}
-    return Code(kernel, steps, unit, data)
+    return Code(kernel, steps, _unit(kernel, "shared"), _unit(kernel, "global"), data)
 
 
 def _decode(instruction: Instruction) -> Step | None:
@@ -47,9 +46,13 @@ def _warp_barrier(batch: object, mask: object) -> None:
     """Warps run in step."""
 
 
-def _shared_access(instruction: Instruction) -> int:
-    """Bytes of an element, where the instruction accesses shared memory."""
-    if not any(flag.startswith("shared") for flag in instruction.flags):
+def _unit(kernel: Kernel, space: str) -> int:
+    """Bytes of the smallest element that the kernel accesses in this kind of memory."""
+    return min([_access(instruction, space) for instruction in kernel.instructions], default=16)
+
+
+def _access(instruction: Instruction, space: str) -> int:
+    if not any(flag.startswith(space) for flag in instruction.flags):
         return 16
     if instruction.opcode in ("ld", "st", "atom", "red"):
         return FORMATS[instruction.types[0]].bits // 8

@@ -121,6 +121,7 @@ def noise(out_ptr, seed, BLOCK: tl.constexpr):
 def checked(x_ptr, limit):
     x = tl.load(x_ptr)
     tl.device_assert(x < limit, "too large")
+    tl.debug_barrier()
     tl.store(x_ptr, x + 1)
 
 

@@ -327,6 +327,41 @@ def test_warps_may_write_the_same_value_to_one_place() -> None:
         run("mov.u32 %r1, 0;\nst.shared.b32 [%r1], %r0;", shared_bytes=128)
 
 
+STORE = "st.global.b64 [%rd4], 5;\n"
+LOAD_NEIGHBOUR = "xor.b32 %r1, %r0, 1;\nmad.wide.u32 %rd5, %r1, 8, %rd2;\nld.global.b64 %rd6, [%rd5];\n"
+ADD_TO_NEIGHBOUR = "xor.b32 %r1, %r0, 1;\nmad.wide.u32 %rd5, %r1, 8, %rd2;\nred.global.add.u64 [%rd5], 1;\n"
+STORE_AS_ONE = "setp.eq.u32 %p1, %r0, 40;\n@%p1 st.global.b64 [%rd2], 5;\n"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "words"),
+    [
+        (STORE, LOAD_NEIGHBOUR, "read of what another thread wrote"),
+        (LOAD_NEIGHBOUR, STORE, "write to global memory over what another thread read"),
+        (LOAD_NEIGHBOUR + "ld.global.b64 %rd6, [%rd2];\n", STORE_AS_ONE, "over what another thread read"),
+        (STORE, STORE_AS_ONE, "write to global memory over what another thread wrote"),
+        (ADD_TO_NEIGHBOUR, LOAD_NEIGHBOUR, "read of what another thread wrote"),
+        (STORE, ADD_TO_NEIGHBOUR, "over what another thread wrote"),
+    ],
+)
+def test_global_memory_between_threads_needs_a_barrier(first: str, second: str, words: str) -> None:
+    part = "setp.lt.u32 %p1, %r0, 5;\n@%p1 bra end;\n"  # some leave, the others meet
+    run(f"{first} bar.sync 0;\n{second}", threads=64, blocks=2)
+    run(f"{first} {part} bar.sync 0;\n{second} end:", threads=64)
+    with pytest.raises(Race, match=words):
+        run(f"{first} {second}", threads=64)
+    with pytest.raises(Race, match=words):
+        run(f"bar.sync 0;\n {first} {second}", threads=64, blocks=2)
+
+
+def test_threads_may_add_to_one_place_and_use_their_own_without_a_barrier() -> None:
+    own = "ld.global.b64 %rd6, [%rd4];\nst.global.b64 [%rd4], %rd6;\nld.global.b64 %rd6, [%rd4];\n"
+    run(own, threads=64)
+    assert run("red.global.add.u64 [%rd2], 1;\n" * 2, threads=64)[0] == 128 - 7
+    with pytest.raises(Race, match="threads write to one place in global memory at once"):
+        run("st.global.b64 [%rd2], 5;", threads=64)
+
+
 def test_unwritten_shared_memory_is_poison() -> None:
     out = run("shl.b32 %r1, %r0, 2;\n" + READ_NEIGHBOUR.format(4), shared_bytes=128)
     assert set(out.tolist()) == {M32}

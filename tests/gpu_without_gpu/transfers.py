@@ -55,6 +55,7 @@ def _load(instruction: Instruction) -> Step:
             rows = batch.shared.load(places, bits, count)
         else:
             rows = batch.memory.load(addresses, bits, count)
+            _note_read(batch, lanes, addresses, bits // 8 * count)
         columns = np.ascontiguousarray(rows.T)
         for write, column in zip(writes, columns, strict=True):
             write(batch, decode(spread(batch, lanes, column)), mask)
@@ -72,6 +73,16 @@ def _load_parameter(instruction: Instruction) -> Step:
     ones = (1 << FORMATS[kind].bits) - 1
     write = destination(instruction, instruction.operands[0], f"b{FORMATS[kind].bits}")
     return lambda batch, mask: write(batch, np.array([batch.parameters[name] & ones], raw), mask)
+
+
+def _note_read(batch: Batch, lanes: Array, addresses: Array, size: int) -> None:
+    if batch.accesses is not None:
+        batch.accesses.read(addresses, size, batch.block[lanes], batch.thread[lanes])
+
+
+def _note_write(batch: Batch, lanes: Array, addresses: Array, size: int, atomic: bool = False) -> None:
+    if batch.accesses is not None:
+        batch.accesses.write(addresses, size, batch.block[lanes], batch.thread[lanes], atomic)
 
 
 def _read_shared(batch: Batch, lanes: Array, addresses: Array, size: int) -> Array:
@@ -109,6 +120,7 @@ def _store(instruction: Instruction) -> Step:
             _write_shared(batch, lanes, addresses, rows)
         else:
             batch.memory.store(addresses, rows)
+            _note_write(batch, lanes, addresses, rows.itemsize * count)
 
     return store
 
@@ -156,6 +168,8 @@ def _atomic(instruction: Instruction) -> Step:
             before[i] = word[0]
             value = function(form.decode(word.copy()), *(form.decode(x[i : i + 1]) for x in operands))
             word[:] = form.encode(value)
+        if not shared:
+            _note_write(batch, lanes, addresses, form.bits // 8, atomic=True)
         write(batch, spread(batch, lanes, before), mask)
 
     return atomic
@@ -202,12 +216,14 @@ def _async_copy(instruction: Instruction) -> Step:
         values = np.zeros((len(lanes), size), np.uint8)
         if read_size is None:
             values[:] = batch.memory.bytes(origins, size)
+            _note_read(batch, lanes, origins, size)
         else:  # bytes beyond the given size are zeros, and are not read
             sizes = _of(lanes, read_size(batch))
             if ((sizes != 0) & (sizes != size)).any():
                 raise GpuError("an asynchronous copy of a part of its size")
             if (some := sizes > 0).any():
                 values[some] = batch.memory.bytes(origins[some], size)
+                _note_read(batch, lanes[some], origins[some], size)
         batch.copies.start(lanes, places, values, blocks, batch.warp[lanes])
 
     return copy
