@@ -528,6 +528,11 @@ def test_a_folder_without_a_model(tmp_path: Path) -> None:
     assert line.startswith("octavo: error: ") and f"{tmp_path / 'tokenizer.json'}" in line
 
 
+def test_a_number_of_ranks_that_cannot_be(tiny: Path, tmp_path: Path) -> None:
+    line = refused(tmp_path, tiny, *TINY_FLAGS, "--tensor-parallel-size", "3", "--exactness", "ranks")
+    assert line.startswith("octavo: error: --tensor-parallel-size is 3: ")
+
+
 def test_a_checkpoint_with_a_wrong_tensor(tiny: Path, tmp_path: Path) -> None:
     from safetensors.numpy import load_file, save_file
 

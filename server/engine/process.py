@@ -4,6 +4,7 @@ import gc
 import select
 import socket
 import traceback
+from contextlib import suppress
 
 from octavo.server.config import EngineConfig
 from octavo.server.engine.channel import (
@@ -108,7 +109,8 @@ def follow(config: EngineConfig, place: Place) -> int:
         runner = rank.load(follower.agree(rank.plan.num_blocks))
         follower.loaded(rank.info)
     except StartupError as error:
-        follower.failed(str(error))
+        with suppress(PeerError):  # rank 0 may have met the same, and be gone
+            follower.failed(str(error))
         return 1
     except PeerError:  # rank 0 has given up, and said why
         return 1
