@@ -97,7 +97,8 @@ class Runner:
         for index in self._prompt_logprob_indices(plan):
             self._prompt_logprobs(result, plan, index, hidden[ends[index] - nums[index] : ends[index]])
         if len(sampled):
-            self._sample(result, sampled, slots, starts + nums, hidden[self._inputs.part("sampled", len(sampled))])
+            hidden = hidden.index_select(0, self._inputs.part("sampled", len(sampled)))
+            self._sample(result, sampled, slots, starts + nums, hidden)
         else:
             self._ranks.wait()
         if not len(sampled) and device().type == "cuda":
