@@ -32,7 +32,7 @@ def check_same(got: Tensor, want: Tensor, k: int) -> None:
 def check_product(m: int, n: int, k: int, dtype: torch.dtype, form: CodeFormat, in_poison: Poison) -> None:
     torch.manual_seed(n * k + m)
     weight = placed(random_weight(n, k, dtype, form), in_poison)
-    x, bias = in_poison(torch.randn(m, k).to(dtype), gap=16), in_poison(torch.randn(n))
+    x, bias = in_poison(torch.randn(m, k).to(dtype), gap=256), in_poison(torch.randn(n))
     plain = PackedWeight(dequantize_4bit(weight).view(-1), n, k)
     before = torch.randn(m, n).to(dtype)
     residual = in_poison(before)
@@ -48,7 +48,7 @@ def check_gated_product(
 ) -> None:
     torch.manual_seed(n * k + m)
     weight = placed(random_weight(2 * n, k, dtype, form, num_parts=2), in_poison)
-    x, bias = in_poison(torch.randn(m, k).to(dtype), gap=16), in_poison(torch.randn(2 * n)) if biased else None
+    x, bias = in_poison(torch.randn(m, k).to(dtype), gap=256), in_poison(torch.randn(2 * n)) if biased else None
     plain = PackedWeight(dequantize_4bit(weight).view(-1), 2 * n, k, 2)
     out = in_poison(torch.full((m, n), torch.nan, dtype=dtype))
     assert gated_matmul_4bit(x, weight, bias, out) is out
