@@ -317,7 +317,7 @@ class Engine:
     def step(self) -> list[Delta]:
         """Plan, execute and apply one step, its prefill paced by the steps before; no deltas where nothing can run."""
         begin = time.monotonic()
-        max_prefill_tokens = self._pacer.max_prefill_tokens(*self.scheduler.demand())
+        max_prefill_tokens = self._pacer.max_prefill_tokens(*self.scheduler.num_decodes_and_prefills())
         plan: StepPlan | None = self.scheduler.plan_step(begin, max_prefill_tokens)
         if plan is None:
             return []

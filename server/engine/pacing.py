@@ -4,10 +4,6 @@ The model: a step takes as long as its decodes alone, and a time per prefill tok
 recent samples, so that one step the operating system has disturbed changes nothing, and growing contexts are followed.
 Steps that always mix cannot tell the two apart: where no recent step shows how long the decodes take alone, prefill is
 left out until three have.
-
-Few rows take as long as one, since a step must read all the weights: rows that can be computed meanwhile are free.
-Where all who wait will fit into these rows, their prefill is spread over such steps, which are hardly longer than the
-decodes alone. It lasts longer, but costs the streams nothing, and they do not go on in lockstep.
 """
 
 from collections import deque
@@ -22,9 +18,6 @@ ROW_TILE = 16  # a CPU's kernels take a step's tokens in tiles: prefill fills th
 NUM_ALONE = 3  # steps without prefill that tell how long the decodes take
 MOST_MIXED = 64  # steps with prefill after which they are to tell it again
 NUM_PREFILL = 5  # steps with prefill that tell how long one of its tokens takes
-NOTICED = 1.25  # times as long as its decodes alone: from then on a step tells how long a prefill token takes
-MANY_TILES = 4  # rows in a step for whose time reading the weights does not matter
-MOST_FREE = 32  # steps that prefill may be spread over: for longer prompts its wait and their attention weigh more
 
 
 class _Decodes:
@@ -45,14 +38,11 @@ class Pacer:
         self._max_num_batched_tokens = max_num_batched_tokens
         self._row_tile = row_tile
         self._decodes: dict[int, _Decodes] = {}  # bit length of the number of decodes -> what is known
-        self._token_s: deque[float] = deque(maxlen=NUM_PREFILL)  # per prefill token, on top of the decodes
-        self._row_s: deque[float] = deque(maxlen=NUM_PREFILL)  # per token of either kind, in steps with many
+        self._token_s: deque[float] = deque(maxlen=NUM_PREFILL)  # per prefill token
 
     def observe(self, num_decodes: int, num_prefill_tokens: int, step_s: float) -> None:
         """Takes notice of a step that took `step_s` > 0 seconds."""
         decodes = self._of(num_decodes)
-        if (num_rows := num_decodes + num_prefill_tokens) >= MANY_TILES * self._row_tile:
-            self._row_s.append(step_s / num_rows)
         if not num_prefill_tokens:
             decodes.alone_s.append(step_s)
             decodes.num_mixed = 0
@@ -60,18 +50,18 @@ class Pacer:
         alone_s = median(decodes.alone_s) if decodes.alone_s else 0.0
         if step_s <= alone_s:
             decodes.alone_s.append(step_s)  # too long even for the decodes alone: what is known is out of date
-        # Tokens hide in the fixed cost of a step that is hardly longer, and decodes of unknown cost hide that of any.
-        elif num_prefill_tokens >= self._row_tile and (step_s > NOTICED * alone_s if alone_s else not num_decodes):
+        # A few tokens hide in the fixed cost of a step, and decodes of unknown cost hide that of any tokens.
+        elif num_prefill_tokens >= self._row_tile and (alone_s or not num_decodes):
             self._token_s.append((step_s - alone_s) / num_prefill_tokens)
         decodes.num_mixed += 1
         if num_decodes and decodes.num_mixed == MOST_MIXED:
             decodes.alone_s.clear()
             decodes.num_mixed = 0
 
-    def max_prefill_tokens(self, num_decodes: int, num_prefills: int, num_waiting_tokens: int) -> int:
+    def max_prefill_tokens(self, num_decodes: int, num_prefills: int) -> int:
         """Most prefill tokens for a step in which so many choices decode, and so many others wait for their prefill.
 
-        `num_waiting_tokens`: what these others have still to compute. The whole budget where nothing decodes.
+        The whole budget where nothing decodes.
 
         0: the step is to show how long the decodes take alone. Never more than NUM_ALONE times in a row for about the
         same number of decodes, if the steps are observed.
@@ -81,23 +71,12 @@ class Pacer:
         decodes = self._of(num_decodes)
         if len(decodes.alone_s) < NUM_ALONE:
             return 0
-        num_free = self._num_free(decodes, num_decodes)
-        if num_free >= num_prefills + self._row_tile and num_waiting_tokens <= MOST_FREE * num_free:
-            return num_free
         num_tiles = 0
         if self._token_s:
             slowdown = max(MIN_SLOWDOWN, 1.0 + PREFILL_WEIGHT * num_prefills / num_decodes)
             num_tokens = (slowdown - 1.0) * median(decodes.alone_s) / median(self._token_s)
             num_tiles = round(min(num_decodes + num_tokens, self._max_num_batched_tokens) / self._row_tile)
         return max(num_tiles * self._row_tile - num_decodes, self._row_tile)
-
-    def _num_free(self, decodes: _Decodes, num_decodes: int) -> int:
-        """Prefill tokens that take about as long as reading the weights for the decodes: none, if not known."""
-        if not (decodes.alone_s and self._row_s):
-            return 0
-        half_tile = self._row_tile // 2
-        num_rows = round(median(decodes.alone_s) / median(self._row_s) / half_tile) * half_tile
-        return min(num_rows, self._max_num_batched_tokens) - num_decodes
 
     def expected_s(self, num_decodes: int, num_prefill_tokens: int) -> float:
         """About how long a step will take, rather too long where little is known of such steps."""

@@ -16,7 +16,6 @@ applied: a choice that ends or is preempted meanwhile *leaves*, keeping slot and
 
 from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
-from itertools import islice
 
 from octavo.server.engine.block_pool import BlockPool
 from octavo.server.engine.plan import NewChoice, StepPlan, StepResult
@@ -118,22 +117,18 @@ class Scheduler:
         """Whether a choice has not ended. If so, and every planned step is applied, `plan_step` gives a plan."""
         return bool(self._choices)
 
-    def demand(self) -> tuple[int, int, int]:
-        """Choices of which the next step could compute one token and no more; others that run, or could; their tokens.
+    def num_decodes_and_prefills(self) -> tuple[int, int]:
+        """Choices of which the next step could compute one token and no more; others that run, or could.
 
-        Tokens are those still to be computed, cached ones of choices that do not run yet included. Where the blocks do
-        not suffice for the head of the queue, none that waits could.
+        Where the blocks do not suffice for the head of the queue, none that waits could.
         """
-        plannable = [choice.num_plannable for choice in self._running]
-        num_decodes = plannable.count(1)
+        num_decodes = sum(choice.num_plannable == 1 for choice in self._running)
         num_waiting = min(len(self._waiting), len(self._free_slots))
         if num_waiting:
             head = next(iter(self._waiting))
             if not self._fits(head, []) and not self._fits(head, self._match(head)):
                 num_waiting = 0
-        num_tokens = sum(plannable) - num_decodes
-        num_tokens += sum(len(choice.token_ids) for choice in islice(self._waiting, num_waiting))
-        return num_decodes, len(self._running) - num_decodes + num_waiting, num_tokens
+        return num_decodes, len(self._running) - num_decodes + num_waiting
 
     def add(self, request: GenerationRequest, committed: dict[int, list[int]] | None = None) -> None:
         """Queues the choices of a valid request whose id is not in use.

@@ -2,7 +2,7 @@
 
 import pytest
 
-from octavo.server.engine.pacing import MIN_SLOWDOWN, MOST_FREE, MOST_MIXED, NUM_ALONE, ROW_TILE, Pacer
+from octavo.server.engine.pacing import MIN_SLOWDOWN, MOST_MIXED, NUM_ALONE, ROW_TILE, Pacer
 
 BUDGET = 512
 
@@ -13,7 +13,7 @@ class Machine:
     def __init__(self, base_s: float = 9e-3, decode_s: float = 0.65e-3, token_s: float = 0.3e-3) -> None:
         self.base_s, self.decode_s, self.token_s = base_s, decode_s, token_s
         self.pacer = Pacer(BUDGET)
-        self.num_prefills, self.num_waiting_tokens = 0, 1_000_000
+        self.num_prefills = 0
 
     def step_s(self, num_decodes: int, num_prefill_tokens: int) -> float:
         return self.base_s + num_decodes * self.decode_s + num_prefill_tokens * self.token_s
@@ -27,7 +27,7 @@ class Machine:
         """Prefill tokens of the next steps, as paced."""
         nums = []
         for _ in range(num_steps):
-            nums.append(self.pacer.max_prefill_tokens(num_decodes, self.num_prefills, self.num_waiting_tokens))
+            nums.append(self.pacer.max_prefill_tokens(num_decodes, self.num_prefills))
             self.run(num_decodes, nums[-1])
         return nums
 
@@ -75,11 +75,11 @@ def test_one_disturbed_step_changes_nothing() -> None:
     machine.run(0, BUDGET)
     machine.run(8, 0, times=NUM_ALONE)
     machine.run(8, 48, times=5)
-    before = machine.pacer.max_prefill_tokens(8, 1, 1_000_000)
+    before = machine.pacer.max_prefill_tokens(8, 1)
     machine.run(8, 0, disturbance=20)
-    assert machine.pacer.max_prefill_tokens(8, 1, 1_000_000) == before
+    assert machine.pacer.max_prefill_tokens(8, 1) == before
     machine.run(8, 48, disturbance=20)
-    assert machine.pacer.max_prefill_tokens(8, 1, 1_000_000) == before
+    assert machine.pacer.max_prefill_tokens(8, 1) == before
 
 
 def test_the_cost_of_a_token_is_followed_both_ways() -> None:
@@ -134,40 +134,3 @@ def test_few_decodes_do_not_hold_up_many_prompts() -> None:
     assert machine.slowdown(8, machine.prefill(8, 10)[-1]) == pytest.approx(5.0, abs=0.5)
     machine.num_prefills = 100
     assert machine.prefill(8, 10)[-1] + 8 == BUDGET
-
-
-class MemoryBound(Machine):
-    """A step takes as long as reading the weights, or as computing its rows."""
-
-    def step_s(self, num_decodes: int, num_prefill_tokens: int) -> float:
-        return max(48e-3, (num_decodes + num_prefill_tokens) * 2e-3)
-
-
-def test_short_prompts_take_the_rows_that_come_free() -> None:
-    machine = MemoryBound()
-    machine.run(0, BUDGET)
-    machine.num_prefills, machine.num_waiting_tokens = 4, MOST_FREE * 20
-    nums = machine.prefill(4, 4 * (MOST_MIXED + NUM_ALONE))
-    assert set(nums) == {0, 24 - 4}
-    assert machine.slowdown(4, 24 - 4) == 1.0
-
-
-@pytest.mark.parametrize(
-    "num_decodes, num_prefills, num_waiting_tokens",
-    [(4, 4, MOST_FREE * 20 + 1), (4, 5, 100), (8, 1, MOST_FREE * 16 + 1), (9, 1, 100), (24, 1, 100), (100, 1, 100)],
-)
-def test_what_does_not_fit_into_free_rows_slows_the_decodes_down(
-    num_decodes: int, num_prefills: int, num_waiting_tokens: int
-) -> None:
-    machine = MemoryBound()
-    machine.run(0, BUDGET)
-    machine.num_prefills, machine.num_waiting_tokens = num_prefills, num_waiting_tokens
-    assert machine.slowdown(num_decodes, machine.prefill(num_decodes, 10)[-1]) > 1.5
-
-
-def test_free_rows_do_not_make_prefill_look_cheap() -> None:
-    machine = MemoryBound()
-    machine.run(0, BUDGET)
-    machine.num_prefills, machine.num_waiting_tokens = 1, 100
-    machine.prefill(4, 50)
-    assert machine.pacer.expected_s(0, 500) == pytest.approx(1.0)

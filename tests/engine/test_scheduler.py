@@ -248,7 +248,7 @@ def test_the_prefill_limit_spares_decodes() -> None:
     step(scheduler)
     scheduler.add(request("c", 20))
     scheduler.add(request("d", 3))
-    assert scheduler.demand() == (2, 2, 23)
+    assert scheduler.num_decodes_and_prefills() == (2, 2)
     seen = []
     for limit in (8, 0, 8, 8):
         plan = plan_of(scheduler, max_prefill_tokens=limit)
@@ -260,18 +260,18 @@ def test_the_prefill_limit_spares_decodes() -> None:
         [(0, 7, 1, True), (1, 4, 1, True), (2, 8, 8, False)],
         [(0, 8, 1, True), (1, 5, 1, True), (2, 16, 4, True), (3, 0, 3, True)],
     ]
-    assert scheduler.demand() == (4, 0, 0)
+    assert scheduler.num_decodes_and_prefills() == (4, 0)
 
 
-def test_those_who_wait_for_blocks_are_no_demand() -> None:
+def test_those_who_wait_for_blocks_are_no_prefills() -> None:
     scheduler = make(num_blocks=10, block_size=4, max_model_len=32, max_num_seqs=4, max_num_batched_tokens=64)
     scheduler.add(request("a", 20))
     step(scheduler)
     scheduler.add(request("b", 12))
-    assert scheduler.demand() == (1, 1, 12)
+    assert scheduler.num_decodes_and_prefills() == (1, 1)
     scheduler.add(request("c", 12))
     step(scheduler)
-    assert scheduler.demand() == (2, 0, 0)
+    assert scheduler.num_decodes_and_prefills() == (2, 0)
 
 
 def test_who_waits_for_no_more_than_cached_blocks_is_a_prefill() -> None:
@@ -279,13 +279,13 @@ def test_who_waits_for_no_more_than_cached_blocks_is_a_prefill() -> None:
     scheduler.add(request("a", prompt := list(range(20))))
     step(scheduler)
     scheduler.add(request("b", [*prompt, *range(100, 112)]))  # 8 blocks, of which a holds 5, which leaves 5
-    assert scheduler.demand() == (1, 1, 32)
+    assert scheduler.num_decodes_and_prefills() == (1, 1)
     scheduler.abort("a")
     scheduler.add(request("c", 1))
-    assert scheduler.demand() == (0, 2, 33)
+    assert scheduler.num_decodes_and_prefills() == (0, 2)
     step(scheduler)
     scheduler.add(request("d", [*range(4), *range(200, 212)]))  # 4 blocks, of which b holds one, which leaves 1
-    assert scheduler.demand() == (2, 0, 0)
+    assert scheduler.num_decodes_and_prefills() == (2, 0)
     assert len(step(scheduler)[0].slots) == 2
 
 
