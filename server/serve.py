@@ -30,6 +30,7 @@ from octavo.server.api.stream import BODY
 from octavo.server.config import GIB, ServerConfig
 from octavo.server.engine.channel import EngineStats
 from octavo.server.engine.client import EngineClient
+from octavo.server.engine.progress import RankFigures
 from octavo.server.errors import StartupError
 from octavo.server.local_model import load_tokenizer
 from octavo.server.text.tokenizer import Tokenizer
@@ -252,6 +253,7 @@ async def _start_engine(client: EngineClient, stop: asyncio.Event) -> bool:
 async def _run_until_stopped(state: State, stop: asyncio.Event) -> bool:
     """Waits and logs statistics while something runs. True: told to stop. False: the engine is given up."""
     before, before_s = replace(state.engine.stats), time.monotonic()
+    figures = state.engine.figures
     while state.engine.state != "dead":
         try:
             async with asyncio.timeout(1.0):
@@ -264,7 +266,8 @@ async def _run_until_stopped(state: State, stop: asyncio.Event) -> bool:
             stats = replace(state.engine.stats)
             if stats.step != before.step:
                 _log_stats(before, stats, now - before_s, state.engine.info.num_blocks)
-            before, before_s = stats, now
+                _log_ranks(figures, state.engine.figures)
+            before, before_s, figures = stats, now, state.engine.figures
     return False
 
 
@@ -284,6 +287,18 @@ def _log_stats(before: EngineStats, now: EngineStats, seconds: float, num_blocks
     )
 
 
+def _log_ranks(before: list[RankFigures], now: list[RankFigures]) -> None:
+    """What several ranks have done meanwhile; nothing where they are not those of before."""
+    told = []
+    for old, new in zip(before, now, strict=False):
+        num_steps, step_s = new.num_steps - old.num_steps, new.step_s - old.step_s
+        if num_steps <= 0 or len(now) == 1:
+            return
+        share = (new.collective_s - old.collective_s) / step_s
+        told.append(f"{1e3 * step_s / num_steps:.2f} ms ({100 * share:.0f} %)")
+    logger.info("a step of each rank, and of that in collectives: %s", ", ".join(told))
+
+
 def _log_start(config: ServerConfig, client: EngineClient, listener: socket.socket) -> None:
     info = client.info
     host, port = cast(tuple[str, int], listener.getsockname()[:2])
@@ -299,14 +314,16 @@ def _log_start(config: ServerConfig, client: EngineClient, listener: socket.sock
         info.num_threads,
         info.load_s,
     )
-    for number, rank in enumerate(info.ranks):
+    for number, (rank, figures) in enumerate(zip(info.ranks, client.figures, strict=False)):
         logger.info(
-            "%s: weights %.2f GiB, KV cache %.2f GiB, workspace %.2f GiB, reserve %.2f GiB; %.2f GB read in %.1f s",
+            "%s: weights %.2f GiB, KV cache %.2f GiB, workspace %.2f GiB, reserve %.2f GiB, resident %.2f GiB; %.2f GB "
+            "read in %.1f s",
             f"memory of rank {number}" if len(info.ranks) > 1 else "memory",
             rank.weight_bytes / GIB,
             rank.kv_cache_bytes / GIB,
             rank.workspace_bytes / GIB,
             rank.reserve_bytes / GIB,
+            figures.resident_bytes / GIB,
             rank.read_bytes / 1e9,
             rank.load_s,
         )

@@ -17,6 +17,7 @@ from octavo.server.api.app import create_app
 from octavo.server.api.state import State
 from octavo.server.config import ServerConfig
 from octavo.server.engine.channel import EngineInfo, EngineStats, RankInfo, StepOutput
+from octavo.server.engine.progress import RankFigures
 from octavo.server.engine.request import Delta, FinishReason, GenerationRequest, TokenLogprobs
 from octavo.server.engine.supervisor import EngineState, Recovery
 from octavo.server.errors import EngineError, OctavoError
@@ -76,6 +77,7 @@ class FakeEngine:
             load_s=0.0,
         )
     )
+    figures: list[RankFigures] = field(default_factory=lambda: [RankFigures(10, 2.0, 0.5, 1 << 20)])
     requests: list[GenerationRequest] = field(default_factory=list)
     num_running: int = 0
     begun: "dict[str, asyncio.Task[None]]" = field(default_factory=dict)  # requests not ended by their caller

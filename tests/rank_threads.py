@@ -11,13 +11,14 @@ from octavo.server.config import EngineConfig
 from octavo.server.engine.engine import Engine
 from octavo.server.engine.peers import Place
 from octavo.server.engine.process import follow
+from octavo.server.engine.progress import Progress
 
 
 @contextmanager
 def engine_of(config: EngineConfig) -> Iterator[Engine]:
     """Rank 0 of `config.tensor_parallel_size` ranks. The others end with it; that they end well is checked."""
     num_ranks = config.tensor_parallel_size
-    memory = os.memfd_create("ranks")
+    memory, progress = os.memfd_create("ranks"), Progress()
     leader = Place(0, num_ranks, memory=memory)
     statuses: list[int] = []
     threads = []
@@ -28,7 +29,9 @@ def engine_of(config: EngineConfig) -> Iterator[Engine]:
             leader.channels.append(ours)
             ends += [ours, theirs]
             place = replace(leader, rank=rank, channels=[theirs])
-            threads.append(threading.Thread(target=lambda place: statuses.append(follow(config, place)), args=(place,)))
+            threads.append(
+                threading.Thread(target=lambda place: statuses.append(follow(config, place, progress)), args=(place,))
+            )
             threads[-1].start()
         yield Engine(config, leader)
     finally:
@@ -39,4 +42,5 @@ def engine_of(config: EngineConfig) -> Iterator[Engine]:
         for end in ends:
             end.close()
         os.close(memory)
+        progress.close()
     assert statuses == [0] * (num_ranks - 1)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from octavo.server.engine.channel import EngineInfo, EngineStats, StepOutput
+from octavo.server.engine.progress import RankFigures
 from octavo.server.engine.request import Delta, GenerationRequest
 from octavo.server.engine.supervisor import EngineState, Recovery
 from octavo.server.errors import OctavoError
@@ -27,6 +28,10 @@ class Engine(Protocol):
     @property
     def info(self) -> EngineInfo:
         """Facts about the model, once `state` has left "starting"."""
+
+    @property
+    def figures(self) -> list[RankFigures]:
+        """What each rank has done; none while they load."""
 
     @property
     def state(self) -> EngineState:

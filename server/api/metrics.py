@@ -12,7 +12,7 @@ from itertools import accumulate
 from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
-from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
@@ -65,6 +65,37 @@ class FixedHistogram(Collector):
         labels = dict(zip(_LABELS, self._label_values, strict=True))
         family.add_sample(self._name + "_created", labels, self._created_s)
         yield family
+
+
+class RankCollector(Collector):
+    """What each rank has done and holds. Read when somebody scrapes: there are series for the ranks there are."""
+
+    def __init__(self, prefix: str, engine: Engine, label_values: tuple[str, ...]) -> None:
+        self._prefix, self._engine, self._label_values = prefix, engine, label_values
+
+    def collect(self) -> Iterator[Metric]:
+        """Counters are since the rank's start."""
+        labels, name = (*_LABELS, "rank"), self._prefix + "rank_"
+        steps = CounterMetricFamily(name + "steps", "Steps of a rank.", labels=labels)
+        step_s = CounterMetricFamily(name + "step_seconds", "Time of a rank in steps.", labels=labels)
+        collective_s = CounterMetricFamily(
+            name + "collective_seconds", "Time of a rank in collectives, waiting included.", labels=labels
+        )
+        memory = GaugeMetricFamily(name + "memory_bytes", "Memory of a rank.", labels=(*labels, "kind"))
+        if self._engine.state != "starting":
+            for rank, (info, done) in enumerate(zip(self._engine.info.ranks, self._engine.figures, strict=False)):
+                values = (*self._label_values, str(rank))
+                steps.add_metric(values, done.num_steps)
+                step_s.add_metric(values, done.step_s)
+                collective_s.add_metric(values, done.collective_s)
+                for kind, num_bytes in (
+                    ("weights", info.weight_bytes),
+                    ("kv_cache", info.kv_cache_bytes),
+                    ("workspace", info.workspace_bytes),
+                    ("resident", done.resident_bytes),
+                ):
+                    memory.add_metric((*values, kind), num_bytes)
+        yield from (steps, step_s, collective_s, memory)
 
 
 class Metrics:
@@ -159,6 +190,7 @@ class Metrics:
         )
         for phase in PHASES:
             self._recovery_s.labels(*self._label_values, phase)
+        self.registry.register(RankCollector(config.metrics_prefix, engine, self._label_values))
         engine.on_step, engine.on_recovered = self._on_step, self._on_recovered
 
     def http(self, handler: str, method: str, status: int, duration_s: float) -> None:

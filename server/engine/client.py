@@ -12,6 +12,7 @@ from dataclasses import replace
 from octavo.server.config import SupervisorConfig
 from octavo.server.engine.channel import Abort, Add, EngineInfo, EngineStats, StepOutput
 from octavo.server.engine.journal import Journal
+from octavo.server.engine.progress import RankFigures
 from octavo.server.engine.request import Delta, FinishReason, GenerationRequest
 from octavo.server.engine.supervisor import EngineState, Recovery, Supervisor
 from octavo.server.errors import EngineError, OctavoError, RequestError
@@ -55,6 +56,11 @@ class EngineClient:
     def info(self) -> EngineInfo:
         """Facts about the engine, once `start` has returned."""
         return self._supervisor.info
+
+    @property
+    def figures(self) -> list[RankFigures]:
+        """What each of the current ranks has done; none while they load."""
+        return self._supervisor.figures
 
     @property
     def pids(self) -> list[int]:

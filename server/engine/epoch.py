@@ -23,6 +23,7 @@ from octavo.server.engine.channel import (
     encode_frame,
 )
 from octavo.server.engine.group import Group
+from octavo.server.engine.progress import RankFigures
 from octavo.server.errors import StartupError
 
 log = logging.getLogger("octavo")
@@ -104,6 +105,11 @@ class Epoch(asyncio.Protocol):
     def running(self) -> tuple[str, ...]:
         """Ids of the requests in the step that the engine was executing when it last showed itself."""
         return self._group.progress.read().request_ids
+
+    @property
+    def figures(self) -> list[RankFigures]:
+        """What each rank has done; none until all have loaded."""
+        return self._group.progress.figures(len(self.ready.result().ranks)) if self.ready.done() else []
 
     def send(self, message: ToEngine) -> None:
         """Sends a message; to an engine that is gone, nothing."""

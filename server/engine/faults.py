@@ -3,17 +3,19 @@
 OCTAVO_FAULTS names the folder, and is refused unless the server is started with --test-faults. A rank that comes to a
 phase takes the file away and does what it says, once. Kinds: kill, stop, segv, raise, slow (10 times as long, for
 NUM_SLOW steps). Phases: recovery (of an epoch but the first, before it loads), warm-up, prefill, decode, collective
-(while the model runs, where ranks wait for each other), sampling.
+(while the model runs, where ranks wait for each other), sampling, plan (a rank but the first is sent one), which has
+kinds of its own: drop (it never comes) and change (what comes is another plan).
 """
 
 import os
 import signal
+import sys
 import threading
 import time
 from contextlib import suppress
 
-KINDS = ("kill", "stop", "segv", "raise", "slow")
-PHASES = ("recovery", "warm-up", "prefill", "decode", "collective", "sampling")
+KINDS = ("kill", "stop", "segv", "raise", "slow", "drop", "change")
+PHASES = ("recovery", "warm-up", "prefill", "decode", "collective", "sampling", "plan")
 NUM_SLOW = 20
 SLOWER = 10
 _SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "segv": signal.SIGSEGV}
@@ -51,6 +53,12 @@ class Faults:
             if self._num_slow:
                 self._num_slow -= 1
                 time.sleep((SLOWER - 1) * self._step_s)
+
+    def plan(self, step: int) -> str:
+        """What becomes of the plan of a step, on its way to the rank: drop, change, or nothing."""
+        if kind := self._folder and self._take("plan"):
+            print(f"{kind} of the plan of step {step}", file=sys.stderr, flush=True)
+        return kind
 
     def _take(self, phase: str) -> str:
         """The kind of a fault that is asked for here, which nobody gets again."""

@@ -11,11 +11,10 @@ import time
 from contextlib import suppress
 
 from octavo.server.config import EngineConfig
-from octavo.server.engine.progress import Progress
+from octavo.server.engine.progress import MAX_RANKS, Progress
 from octavo.server.errors import StartupError
 
 MAX_ANSWER_BYTES = 1 << 12
-MAX_RANKS = 8
 POLL_S = 0.01  # where the kernel does not say when a process ends
 
 

@@ -57,7 +57,7 @@ def _reap() -> None:
 def _launch(front_end: socket.socket, request: bytes, channel: socket.socket, progress: Progress) -> None:
     """Fork the ranks that `request` describes; tell the front end who they are.
 
-    channel: rank 0's to the front end; progress: the page on which rank 0 shows itself to it.
+    channel: rank 0's to the front end; progress: the page on which ranks show themselves to it.
     """
     told = json.loads(request)
     config, epoch = EngineConfig.from_json(told["config"]), told["epoch"]

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from octavo.server.engine.channel import Failed, FrameBuffer, RankInfo
+from octavo.server.engine.faults import Faults
 from octavo.server.engine.plan import StepPlan
 from octavo.server.errors import StartupError
 
@@ -80,6 +81,13 @@ def decode_plan(data: bytes) -> StepPlan:
     if _digest(_encoder.encode(plan)) != digest:
         raise PeerError(f"the plan of step {plan.step} is not rank 0's")
     return plan
+
+
+def _other_plan(data: bytes) -> bytes:
+    """A message whose plan is not the one that its digest was made of."""
+    plan = decode_plan(data)
+    plan.starts[0] += 1
+    return data[:HEADER_BYTES] + _encoder.encode(plan)
 
 
 def _digest(body: bytes) -> bytes:
@@ -161,6 +169,7 @@ class Follower:
     def __init__(self, place: Place) -> None:
         (channel,) = place.channels
         self._channel, self._epoch = Channel(channel), place.epoch
+        self.faults = Faults()  # none, unless a test asks for some
         self.num_steps = 0  # plans received
 
     def agree(self, num_blocks: int) -> int:
@@ -182,9 +191,11 @@ class Follower:
         """The next step's plan; None where rank 0 has ended. Raises PeerError for any other plan."""
         try:
             data = self._channel.receive()
+            while (fault := self.faults.plan(self.num_steps + 1)) == "drop":
+                data = self._channel.receive()
         except PeerError:
             return None
-        plan = decode_plan(data)
+        plan = decode_plan(_other_plan(data) if fault == "change" else data)
         wanted = self._epoch, self.num_steps + 1
         if (plan.epoch, plan.step) != wanted:
             raise PeerError(f"a plan is of (epoch, step) {(plan.epoch, plan.step)}, expected {wanted}")

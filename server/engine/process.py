@@ -42,6 +42,7 @@ class EngineProcess:
         while self._receive():
             if self._engine.has_work:
                 deltas = self._engine.step()
+                self._progress.show(0, self._engine.runner.figures)
                 self._send(StepOutput(self._epoch, deltas, self._engine.stats()))
 
     def _receive(self) -> bool:
@@ -70,19 +71,20 @@ class EngineProcess:
 def run_rank(config: EngineConfig, place: Place, channel: socket.socket, progress: Progress) -> int:
     """Be one rank until the front end, or rank 0, is gone.
 
-    channel: rank 0's to the front end; progress: what rank 0 shows it; both of no use to others.
+    channel: rank 0's to the front end, of no use to others; progress: what ranks show it.
 
     Returns the exit status: 0, or 1 where the rank could not start or failed.
     """
     if place.epoch:
         Faults(config.faults, place.rank).at("recovery")
-    return _lead(config, place, channel, progress) if place.rank == 0 else follow(config, place)
+    return _lead(config, place, channel, progress) if place.rank == 0 else follow(config, place, progress)
 
 
 def _lead(config: EngineConfig, place: Place, channel: socket.socket, progress: Progress) -> int:
     started = False
     try:
         engine = Engine(config, place)
+        progress.show(0, engine.runner.figures)
         channel.sendall(encode_frame(Ready(engine.info)))
         started = True
         _freeze()
@@ -101,12 +103,13 @@ def _lead(config: EngineConfig, place: Place, channel: socket.socket, progress: 
     return 0
 
 
-def follow(config: EngineConfig, place: Place) -> int:
+def follow(config: EngineConfig, place: Place, progress: Progress) -> int:
     """Be a rank but the first. Raises PeerError for a plan that is not rank 0's."""
     follower = Follower(place)
     try:
         rank = Rank(config, place)
         runner = rank.load(follower.agree(rank.plan.num_blocks))
+        progress.show(place.rank, runner.figures)
         follower.loaded(rank.info)
     except StartupError as error:
         with suppress(PeerError):  # rank 0 may have met the same, and be gone
@@ -117,10 +120,11 @@ def follow(config: EngineConfig, place: Place) -> int:
     faults = Faults(config.faults, place.rank)
     faults.at("warm-up")
     runner.warm_up(config.max_num_batched_tokens)
-    runner.faults = faults
+    runner.faults = follower.faults = faults
     _freeze()
     while (plan := follower.receive()) is not None:
         runner.execute(plan)
+        progress.show(place.rank, runner.figures)
     return 0
 
 

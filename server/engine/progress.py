@@ -1,7 +1,7 @@
 """What an engine is doing, on a page of memory that the front end reads. Standard library only.
 
 It costs no message and wakes nobody, and it is still there when the engine is stuck or gone: whoever looks at it knows
-whether the engine goes on, how long its step may take, and which requests were in that step.
+whether the engine goes on, how long its step may take, which requests were in that step, and what each rank has done.
 """
 
 import mmap
@@ -9,9 +9,16 @@ import os
 import struct
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import astuple, dataclass
 
+MAX_RANKS = 8
+_ROW = struct.Struct("<qddq")  # of each rank: what `RankFigures` has
 _HEAD = struct.Struct("<ddq")  # at_s, expected_s, bytes of ids behind it
+_ROW_BYTES = 64  # ranks do not write to each other's cache lines
+_HEAD_BEGIN = MAX_RANKS * _ROW_BYTES
+_IDS_BEGIN = _HEAD_BEGIN + _HEAD.size
+RESIDENT_S = 1.0  # between two looks at the memory of a process
 PAGE_BYTES = 1 << 16
 
 
@@ -24,6 +31,23 @@ class Beat:
     request_ids: tuple[str, ...] = ()  # of the step that runs; none between steps
 
 
+@dataclass(slots=True)
+class RankFigures:
+    """What a rank has done since it started, and the memory that it has."""
+
+    num_steps: int = 0
+    step_s: float = 0.0  # in steps, from a plan to the next tokens
+    collective_s: float = 0.0  # of these, in collectives, waiting for other ranks included; 0.0 with NCCL
+    resident_bytes: int = 0  # of the process, in the host's memory, what it shares with others included
+
+
+def resident_bytes() -> int:
+    """Of this process; 0 where the system does not say."""
+    with suppress(OSError), open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
 class Progress:
     """One page, mapped by both sides: `fd` is to be inherited by the engine, which opens it by that number."""
 
@@ -34,18 +58,32 @@ class Progress:
             os.ftruncate(fd, PAGE_BYTES)
         self.fd = fd
         self._page = mmap.mmap(fd, PAGE_BYTES)
+        self._resident_bytes, self._looked_s = 0, -RESIDENT_S
 
     def beat(self, expected_s: float, request_ids: Iterable[str] = ()) -> None:
         """Says that the engine goes on, and what with. What of the ids does not fit on the page is left out."""
-        ids = "\n".join(request_ids).encode()[: PAGE_BYTES - _HEAD.size]
-        self._page[_HEAD.size : _HEAD.size + len(ids)] = ids
-        _HEAD.pack_into(self._page, 0, time.monotonic(), expected_s, len(ids))
+        ids = "\n".join(request_ids).encode()[: PAGE_BYTES - _IDS_BEGIN]
+        self._page[_IDS_BEGIN : _IDS_BEGIN + len(ids)] = ids
+        _HEAD.pack_into(self._page, _HEAD_BEGIN, time.monotonic(), expected_s, len(ids))
 
     def read(self) -> Beat:
         """The latest beat. One that is being written may be mixed with the one before."""
-        at_s, expected_s, num_bytes = _HEAD.unpack_from(self._page)
-        ids = self._page[_HEAD.size : _HEAD.size + num_bytes].decode(errors="replace")
+        at_s, expected_s, num_bytes = _HEAD.unpack_from(self._page, _HEAD_BEGIN)
+        ids = self._page[_IDS_BEGIN : _IDS_BEGIN + num_bytes].decode(errors="replace")
         return Beat(at_s, expected_s, tuple(ids.split("\n")) if ids else ())
+
+    def show(self, rank: int, figures: RankFigures) -> None:
+        """Puts down what a rank, this process, has done; now and then its memory is looked at as well."""
+        if (now := time.monotonic()) - self._looked_s >= RESIDENT_S:
+            self._looked_s, self._resident_bytes = now, resident_bytes()
+        figures.resident_bytes = self._resident_bytes
+        _ROW.pack_into(self._page, rank * _ROW_BYTES, *astuple(figures))
+
+    def figures(self, num_ranks: int) -> list[RankFigures]:
+        """Of each rank, as it was after its last step; none where the page is let go."""
+        if self._page.closed:
+            return []
+        return [RankFigures(*_ROW.unpack_from(self._page, rank * _ROW_BYTES)) for rank in range(num_ranks)]
 
     def close(self) -> None:
         """Lets the page go; the other side may still have it. Nothing where that is done."""

@@ -22,6 +22,7 @@ from octavo.models.llama import Llama
 from octavo.models.memory import LOGITS_ROWS, kv_block_shape, logits_shape
 from octavo.server.engine.faults import Faults
 from octavo.server.engine.plan import NewChoice, StepPlan, StepResult
+from octavo.server.engine.progress import RankFigures
 from octavo.server.engine.request import SamplingParams, TokenLogprobs
 
 
@@ -46,6 +47,7 @@ class Runner:
         """
         self.model, self._ranks = model, ranks or Ranks()
         self.faults = Faults()  # none, unless a test asks for some
+        self.figures = RankFigures()  # since it is warm
         self._block_size = block_size
         config: ModelConfig = model.config
         shape = kv_block_shape(model.shard.local(config), num_blocks, block_size)
@@ -81,6 +83,7 @@ class Runner:
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step. Raises nothing for a single choice's sake: non-finite logits fail that choice alone."""
+        begin_s, collective_s = time.monotonic(), self._ranks.collective_s
         self.faults.begin_step("prefill" if max(plan.nums) > 1 else "decode")
         for choice in plan.new_choices:
             self._place(choice)
@@ -104,6 +107,9 @@ class Runner:
         if not len(sampled) and device().type == "cuda":
             torch.cuda.synchronize()  # nothing else has waited: the inputs are free again, the step's duration is known
         self.faults.end_step()
+        self.figures.num_steps += 1
+        self.figures.step_s += time.monotonic() - begin_s
+        self.figures.collective_s += self._ranks.collective_s - collective_s
         return result
 
     def _launch(self, num_tokens: int, num_sequences: int, max_query_len: int, max_context_len: int) -> None:
@@ -295,6 +301,7 @@ class Runner:
             self._inputs.pad_decodes(0, self._decode_sizes[-1])
             self._inputs.copy_to_device(self._decode_sizes[-1])
             self._graphs = Graphs(lambda size: self._launch(size, size, 1, self._tokens.shape[1]), self._decode_sizes)
+        self.figures = RankFigures()
         return prefill_s
 
     def compile_kernels(self) -> None:

@@ -24,6 +24,7 @@ from octavo.server.engine.epoch import Epoch, Fault
 from octavo.server.engine.group import Launcher
 from octavo.server.engine.journal import Entry, Journal
 from octavo.server.engine.known_answer import Answer, KnownAnswer
+from octavo.server.engine.progress import RankFigures
 from octavo.server.errors import RequestError, StartupError
 
 log = logging.getLogger("octavo")
@@ -95,6 +96,11 @@ class Supervisor:
     def pids(self) -> list[int]:
         """Process ids of the current ranks."""
         return self._epoch.pids if self._epoch is not None else []
+
+    @property
+    def figures(self) -> list[RankFigures]:
+        """What each of the current ranks has done; none while they load."""
+        return self._epoch.figures if self._epoch is not None else []
 
     async def start(self) -> None:
         """Starts the first engine, and learns its answer. Raises StartupError with the engine's own words."""

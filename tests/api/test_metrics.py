@@ -11,6 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from octavo.server.api.metrics import FixedHistogram, lengths_up_to
 from octavo.server.engine.epoch import Fault
+from octavo.server.engine.progress import RankFigures
 from octavo.server.engine.supervisor import Recovery
 
 Sample = tuple[str, tuple[tuple[str, str], ...]]
@@ -131,6 +132,30 @@ async def test_recoveries(tmp_path: Path) -> None:
         for phase, seconds in recovery.seconds.items():
             assert samples["octavo:recovery_seconds_sum", (("phase", phase),)] == seconds
             assert samples["octavo:recovery_seconds_count", (("phase", phase),)] == 1
+
+
+async def test_ranks_have_series_while_they_are_there(tmp_path: Path) -> None:
+    def of_ranks(samples: dict[Sample, float]) -> dict[Sample, float]:
+        return {key: value for key, value in samples.items() if key[0].startswith("octavo:rank_")}
+
+    async with serving(tmp_path) as server:
+        info = server.engine.info
+        info.ranks = [replace(info.ranks[0], weight_bytes=4 + rank) for rank in range(3)]
+        server.engine.figures = [RankFigures(10 + rank, 2.0, 0.5, 1 << 20) for rank in range(3)]
+        samples = await scrape(server)
+        assert [samples["octavo:rank_steps_total", (("rank", str(rank)),)] for rank in range(3)] == [10, 11, 12]
+        assert samples["octavo:rank_step_seconds_total", (("rank", "2"),)] == 2.0
+        assert samples["octavo:rank_collective_seconds_total", (("rank", "2"),)] == 0.5
+        memory = {"weights": 6, "kv_cache": 1 << 20, "workspace": 4, "resident": 1 << 20}
+        for kind, num_bytes in memory.items():
+            assert samples["octavo:rank_memory_bytes", (("kind", kind), ("rank", "2"))] == num_bytes
+        assert len(of_ranks(samples)) == 3 * (3 + len(memory))
+        server.engine.figures = []  # while they load
+        assert not of_ranks(await scrape(server))
+        info.ranks, server.engine.figures = info.ranks[:2], [RankFigures(), RankFigures()]  # a smaller group
+        samples = of_ranks(await scrape(server))
+        assert {dict(labels)["rank"] for _, labels in samples} == {"0", "1"}
+        assert samples["octavo:rank_steps_total", (("rank", "1"),)] == 0
 
 
 @pytest.mark.parametrize("reason", ["stop", "abort", "error"])
