@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from rank_threads import engine_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from octavo.kernels import backend
 from octavo.kernels.matmul import PackedWeight, packed_bytes
 from octavo.kernels.matmul_4bit import Packed4Bit
 from octavo.models.batch import Activations, ForwardBatch
@@ -30,6 +32,8 @@ from octavo.models.quantization import online
 from octavo.models.quantization.base import HEAD, Quantization, QuantizedRows
 from octavo.models.quantization.bitsandbytes import NF4
 from octavo.models.quantization.choose import with_quantization
+from octavo.server.config import EngineConfig
+from octavo.server.engine.request import GenerationRequest, SamplingParams
 from octavo.server.errors import StartupError
 from octavo.server.quantize import quantize_checkpoint
 
@@ -825,3 +829,48 @@ class NoTensors:
 
     def read(self, name: str) -> Tensor:
         raise AssertionError(name)
+
+
+@pytest.mark.skipif(backend.kernels() != "native", reason="threads share no memory without native kernels")
+@pytest.mark.parametrize("kind", ["nf4", "int4", "gptq", "gguf"])
+def test_ranks_say_of_a_quantised_model_what_one_says(
+    kind: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Also where groups of codes are cut between ranks: those of smollm2's heads are, by any number of ranks."""
+    path = tiny_checkpoint("smollm2")
+    if kind == "gptq":
+        path = gptq_model(tiny_checkpoint("llama2"), tmp_path / "model", False)
+    elif kind == "gguf":
+        path = tmp_path / "model.gguf"
+        random_gguf(path, "Q4_1")
+
+    def outputs(num_ranks: int, **options: Any) -> list[tuple[int, float]]:
+        config = EngineConfig(
+            str(path),
+            device="cpu",
+            quantization=kind if kind in ("nf4", "int4") else None,
+            tensor_parallel_size=num_ranks,
+            max_model_len=128,
+            kv_cache_memory_bytes=4 << 20,
+            **options,
+        )
+        found: list[list[tuple[int, float]]] = [[], [], []]
+        with engine_of(config) as engine:
+            for index in range(3):
+                prompt = [(7 * i + index) % 320 for i in range(1, 2 + 20 * index)]
+                params = SamplingParams(max_tokens=24, temperature=0.0, logprobs=0)
+                engine.add(GenerationRequest(str(index), prompt, params))
+            while engine.has_work:
+                for delta in engine.step():
+                    found[int(delta.request_id)] += [(entry.token_id, entry.logprob) for entry in delta.logprobs or []]
+        return sum(found, [])
+
+    want = outputs(1, dtype="float32")
+    assert len(want) == 3 * 24
+    for num_ranks in (2, 3):
+        got = outputs(num_ranks, dtype="float32")
+        assert [token_id for token_id, _ in got] == [token_id for token_id, _ in want], num_ranks
+        assert [logprob for _, logprob in got] == pytest.approx([logprob for _, logprob in want], abs=1e-4)
+    if kind in ("nf4", "int4"):  # the others' heads are fewer than the parts of a sum
+        exact = outputs(1, dtype="bfloat16", exactness="ranks")
+        assert all(outputs(num_ranks, dtype="bfloat16", exactness="ranks") == exact for num_ranks in (2, 4))
