@@ -27,6 +27,7 @@ from octavo.kernels import backend
 from octavo.kernels.activation_mul import silu_mul
 from octavo.kernels.all_reduce import all_reduce
 from octavo.kernels.checks import compute_dtypes
+from octavo.kernels.checksum import checksum
 from octavo.kernels.embedding import embedding
 from octavo.kernels.matmul import PackedWeight, empty_packed, gated_matmul, matmul
 from octavo.kernels.matmul_4bit import (
@@ -287,6 +288,15 @@ def _sample(shape: Shape, load: Load) -> Work:
     return Work("sample", rows * shape.vocab * 4, 0, prepare)
 
 
+def _checksum(shape: Shape, load: Load, dtype: torch.dtype) -> Work:
+    def prepare() -> Callable[[], object]:
+        rows = _random((8, shape.hidden * shape.intermediate // 8), dtype)
+        out = torch.empty(len(rows), dtype=torch.int64, device=rows.device)
+        return lambda: checksum([rows], out)
+
+    return Work("checksum, of a weight", shape.hidden * shape.intermediate * dtype.itemsize, 0, prepare)
+
+
 def works(shape: Shape, load: Load, types: Types) -> list[Work]:
     """Every op of a step; `gated_matmul` is the whole of an MLP's first half, which `silu_mul` may be a part of."""
     m, dtype = load.num_tokens, types.dtype
@@ -307,6 +317,7 @@ def works(shape: Shape, load: Load, types: Types) -> list[Work]:
         _embedding(shape, load, dtype),
         _all_reduce(shape, load, dtype),
         _sample(shape, load),
+        _checksum(shape, load, dtype),
     ]
 
 

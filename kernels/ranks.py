@@ -62,6 +62,13 @@ class Ranks:
     def broadcast(self, values: Tensor) -> None:
         """Make a buffer hold what it holds on rank 0. Returns when all ranks are there."""
 
+    def of_all(self, values: Tensor) -> Tensor:
+        """On rank 0 what the buffer `values` holds on each rank, [ranks, ...], on the host; of no use elsewhere.
+
+        To be called where a collective has come since the values were written, and before they are written again.
+        """
+        return values[None].cpu()
+
     def wait(self) -> None:
         """Returns when nobody looks any more at what this rank has shared: to be called where a step ends otherwise."""
 
@@ -133,6 +140,12 @@ class SharedMemoryRanks(Ranks):
         if self.rank:
             values.view(-1).view(torch.uint8).copy_(self._regions[0, offset : offset + values.nbytes])
 
+    def of_all(self, values: Tensor) -> Tensor:
+        """See `Ranks`."""
+        offset = self.offset(values)
+        parts = self._regions[:, offset : offset + values.nbytes].contiguous()
+        return parts.view(values.dtype).view(self.num_ranks, *values.shape)
+
     @property
     def collective_s(self) -> float:
         """See `Ranks`."""
@@ -173,6 +186,12 @@ class DistributedRanks(Ranks):
         if parts is not None:
             torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], dim=1, out=out)
         return out
+
+    def of_all(self, values: Tensor) -> Tensor:
+        """See `Ranks`."""
+        parts = [torch.empty_like(values) for _ in range(self.num_ranks)] if self.rank == 0 else None
+        dist.gather(values, parts, group=self.group, group_dst=0)
+        return torch.stack(parts or [values]).cpu()
 
     def broadcast(self, values: Tensor) -> None:
         """See `Ranks`."""

@@ -3,6 +3,7 @@
 Same arguments as the ops of the same name; exactness over batch shapes is promised by the ops, not here.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,37 @@ def embedding(token_ids: Tensor, weight: Tensor, first_id: int = 0) -> Tensor:
     rows = token_ids.long() - first_id
     inside = (rows >= 0) & (rows < weight.shape[0])
     return weight[rows.where(inside, 0)] * inside[:, None]
+
+
+CHECKSUM_WORDS = 1024  # of 32 bits in a stripe
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The finaliser of SplitMix64, a one-to-one function of int64."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64)), (31, 1)):
+        x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor
+    return x
+
+
+def checksum_factors(device: torch.device | str = "cpu") -> Tensor:
+    """[words] int64: odd numbers of 32 bits, no two alike."""
+    return _mix(torch.arange(1, CHECKSUM_WORDS + 1, device=device) * _GOLDEN) & 0xFFFFFFFF | 1
+
+
+def checksum(parts: Sequence[Tensor], index: Tensor | None, together: bool) -> Tensor:
+    """Of each row of the parts, [rows, ...], on end, or all together: sums of weighted words, mixed and added up."""
+    rows = []
+    for part in parts:
+        data = (part if index is None else part[index]).contiguous().flatten(1).view(torch.uint8)
+        data = torch.nn.functional.pad(data, (0, -data.shape[1] % (4 * CHECKSUM_WORDS)))
+        rows.append(data.view(torch.int32).view(len(data), -1, CHECKSUM_WORDS).long() & 0xFFFFFFFF)
+    words = torch.cat(rows, dim=1)
+    sums = (words * checksum_factors(words.device)).sum(2)
+    sums = _mix(sums + torch.arange(1, sums.shape[1] + 1, device=sums.device) * _GOLDEN).sum(1)
+    if together:
+        sums = _mix(sums + torch.arange(1, len(sums) + 1, device=sums.device) * _GOLDEN).sum()
+    return sums
 
 
 def sum_parts(parts: Tensor, bias: Tensor | None, residual: Tensor | None, out_dtype: torch.dtype) -> Tensor:

@@ -1,12 +1,14 @@
 """What one forward pass computes and where, passed to the model as an argument."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from octavo.kernels.backend import device
+from octavo.kernels.checksum import checksum
 from octavo.kernels.ranks import Ranks, buffer_bytes
 from octavo.models.config import ModelConfig
 from octavo.models.shard import Shard
@@ -119,6 +121,7 @@ class Activations:
     parts: Tensor  # [parts, tokens, hidden] float32: of a sum over ranks, those that are this rank's
     sums: Tensor  # [tokens, hidden]: where ranks put the slices of such a sum that they have added up
     ranks: Ranks
+    checks: Iterator[Tensor] | None = None  # of a pass that is checked: where the next checksum goes, [] int64 each
 
     @classmethod
     def empty(
@@ -138,14 +141,19 @@ class Activations:
         parts, sums = (ranks.buffer(shape, kind) for shape, kind in sum_shapes(config, max_tokens, dtype, shard))
         return cls(hidden, normed, qkv, attended, gated, ordered, parts, sums, ranks)
 
-    def first(self, num_tokens: int) -> "Activations":
+    def first(self, num_tokens: int, checks: Iterator[Tensor] | None = None) -> "Activations":
         """The same memory, cut to the first `num_tokens` tokens."""
         rows = {
             field.name: getattr(self, field.name)[:num_tokens]
             for field in fields(self)
-            if field.name not in ("parts", "ranks")
+            if field.name not in ("parts", "ranks", "checks")
         }
-        return Activations(**rows, parts=self.parts[:, :num_tokens], ranks=self.ranks)
+        return Activations(**rows, parts=self.parts[:, :num_tokens], ranks=self.ranks, checks=checks)
+
+    def check(self) -> None:
+        """Take a checksum of what must be the same on every rank, if this pass is checked."""
+        if self.checks is not None:
+            checksum([self.hidden, self.normed], next(self.checks))
 
 
 def activation_widths(config: ModelConfig) -> tuple[int, int, int, int, int, int]:

@@ -174,6 +174,7 @@ class SummedLinear:
         columns = x.split([len(span) for span in self.inputs], dim=1)
         for some, weight, part in zip(columns, self.weights, a.parts, strict=True):
             product(some, weight, None, None, part)
+        a.check()
         all_reduce(a.parts, a.hidden, a.ranks, sums=a.sums, bias=self.bias, residual=a.hidden)
 
     def parameters(self) -> Parameters:

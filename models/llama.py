@@ -55,6 +55,7 @@ class Llama:
         for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
             layer(a, batch, self.cos_sin, kv_cache)
         self.norm(a.hidden, a.normed)
+        a.check()
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
         """hidden: [rows, hidden]; out: [rows, this rank's vocabulary] float32. Returns out."""

@@ -17,6 +17,7 @@ from octavo.models.quantization.base import EMBEDDING, HEAD
 from octavo.models.shard import Shard, Span, form_of_part, whole
 
 LOGITS_ROWS = 64  # rows of the vocabulary-wide logits that exist at once
+MAX_CHANGED_BLOCKS = 63  # KV blocks of which a rank can say in a step that they have changed
 
 
 def linears(config: ModelConfig, shard: Shard | None = None) -> list[tuple[dict[str, Span], list[Span]]]:
@@ -95,9 +96,15 @@ def logits_shape(config: ModelConfig, shard: Shard) -> tuple[int, int]:
 
 
 def shared_bytes(config: ModelConfig, num_tokens: int, dtype: torch.dtype, shard: Shard) -> int:
-    """Bytes of a rank's buffers that others read: parts of sums, logits, and the tokens sampled of these."""
+    """Bytes of a rank's buffers that others read: parts of sums, logits, the tokens sampled of these, checksums."""
     logits, tokens = buffer_bytes(logits_shape(config, shard), torch.float32), buffer_bytes((LOGITS_ROWS,), torch.int32)
-    return sum_bytes(config, num_tokens, dtype, shard) + logits + tokens
+    checks = sum(buffer_bytes((size,), torch.int64) for size in check_sizes(config))
+    return sum_bytes(config, num_tokens, dtype, shard) + logits + tokens + checks
+
+
+def check_sizes(config: ModelConfig) -> tuple[int, int]:
+    """What a rank says of changed bits, in int64: of KV blocks how many and which, of a forward pass checksums."""
+    return 1 + MAX_CHANGED_BLOCKS, 2 * config.num_layers + 1
 
 
 def workspace_bytes(

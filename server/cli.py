@@ -32,6 +32,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "kv_cache_memory_bytes": (1, inf),
     "gpu_memory_utilization": (0.05, 1),
     "tensor_parallel_size": (1, 8),
+    "weight_scrub": (0, 0.5),
+    "rank_check_interval": (0, inf),
     "step_deadline": (0, 86400),
     "max_recovery_time": (0, 86400),
     "max_faults": (0, 10**6),

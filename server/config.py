@@ -62,6 +62,15 @@ class EngineConfig:
         "ranks; fast, on a GPU alone: no such promise",
         choices=("batch", "ranks", "fast"),
     )
+    weight_scrub: float = flag(
+        0.005, "share of the time that each rank spends on finding bits of its weights that have changed; 0: none"
+    )
+    kv_checksums: bool = flag(
+        True, "take checksums of full KV blocks and compare them when a request begins with the block; on a CPU alone"
+    )
+    rank_check_interval: int = flag(
+        16, "steps after which ranks compare the residual streams that each of them computes; 0: never"
+    )
 
     faults: str = field(default="", metadata={"hidden": True})  # folder of `engine.faults`, for tests alone
 

@@ -4,6 +4,7 @@ A sample of the matrix that `benchmarks/chaos.py` goes through.
 """
 
 import asyncio
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -59,6 +60,23 @@ def test_nothing_is_lost_and_no_token_is_wrong(planned: Planned, chaos: Chaos, r
     assert outcome.effective
     assert (outcome.lost, outcome.wrong) == (0, 0)
     assert outcome.recoveries == (0 if planned.kind == "slow" else 1)
+
+
+async def flip(chaos: Chaos, site: str, rank: int, detector: str) -> None:
+    """Has a bit of a rank change while requests run, and waits until it is found."""
+    (chaos._faults / f"flip-{site}@decode:{rank}").touch()
+    before = await chaos._recoveries()
+    await chaos._run()  # tokens before it is found may be wrong, or none where logits are not finite
+    async with asyncio.timeout(20.0):
+        while (await chaos._recoveries())["count"] == before["count"]:
+            await asyncio.sleep(0.02)
+    text = (await chaos._http.get("/metrics")).text
+    assert re.search(rf'^octavo:corruptions_total{{.*detector="{detector}".*}} 1.0$', text, re.M)
+    assert [stream.output() for stream in await chaos._run()] == chaos._expected
+
+
+def test_a_rank_whose_weights_have_changed_is_replaced(chaos: Chaos, runner: asyncio.Runner) -> None:
+    runner.run(flip(chaos, "weights", 1, "weights"))
 
 
 def test_the_table_counts_what_went_wrong() -> None:

@@ -19,7 +19,7 @@ from prometheus_client.utils import floatToGoString
 from octavo.server.api.engine import Engine
 from octavo.server.config import ServerConfig
 from octavo.server.engine.channel import EngineInfo, EngineStats, StepOutput
-from octavo.server.engine.epoch import REASONS
+from octavo.server.engine.epoch import DETECTORS, REASONS
 from octavo.server.engine.supervisor import PHASES, Recovery
 
 # fmt: off
@@ -32,6 +32,9 @@ _N = (1, 2, 5, 10, 20)
 _PREEMPTIONS = (1, 2, 3, 4, 5, 10, 20)
 _FINISH_REASONS = ("stop", "length", "abort", "error")
 _LABELS = ("model_name", "engine")
+# detector -> the field of EngineStats that says how much it has looked at, and that for how long it took
+_CHECKED = {"weights": "weight_slices_checked", "kv": "kv_blocks_checked", "ranks": "rank_steps_checked"}
+_CHECK_S = {"weights": "weight_check_s", "kv": "kv_check_s"}
 
 Family = TypeVar("Family", Counter, Gauge)
 
@@ -181,6 +184,15 @@ class Metrics:
         self._recoveries = self._by(
             Counter, "recoveries", "Engines replaced after a fault, by what it was.", "reason", REASONS
         )
+        self._corruptions = self._by(
+            Counter, "corruptions", "Findings of bits that had changed, by what found them.", "detector", DETECTORS
+        )
+        self._checks = self._by(
+            Counter, "corruption_checks", "What rank 0 has looked at to find changed bits.", "detector", tuple(_CHECKED)
+        )
+        self._check_s = self._by(
+            Counter, "corruption_check_seconds", "Time that this has taken.", "detector", tuple(_CHECK_S)
+        )
         self._recovery_s = Histogram(
             config.metrics_prefix + "recovery_seconds",
             "Time from a fault until requests go on, by phase and in all.",
@@ -303,6 +315,8 @@ class Metrics:
 
     def _on_recovered(self, recovery: Recovery) -> None:
         self._recoveries[recovery.fault.reason].inc()
+        if recovery.fault.detector in self._corruptions:
+            self._corruptions[recovery.fault.detector].inc()
         for phase, seconds in recovery.seconds.items():
             self._recovery_s.labels(*self._label_values, phase).observe(seconds)
 
@@ -317,6 +331,10 @@ class Metrics:
         new = {key: value - before[key] for key, value in asdict(stats).items()}
         for name in ("prefix_cache_queries", "prefix_cache_hits", "num_preemptions", "generation_tokens"):
             self._counters[name].inc(new[name])
+        self._corruptions["kv"].inc(new["kv_blocks_dropped"])
+        for counters, fields in ((self._checks, _CHECKED), (self._check_s, _CHECK_S)):
+            for detector, field in fields.items():
+                counters[detector].inc(new[field])
         self._counters["prompt_tokens"].inc(new["prompt_tokens_computed"] + new["prompt_tokens_cached"])
         self._counters["prompt_tokens_cached"].inc(new["prompt_tokens_cached"])
         self._by_source["local_compute"].inc(new["prompt_tokens_computed"])

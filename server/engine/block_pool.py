@@ -86,6 +86,10 @@ class BlockPool:
         assert self._num_refs[block], f"block {block} is free"
         self._cached.remove(block)
 
+    def unmark_all(self) -> None:
+        """No block's content is reusable any more."""
+        self._cached.clear()
+
     def check(self) -> None:
         """Raises AssertionError where the books do not balance. O(num_blocks)."""
         assert min(self._num_refs, default=0) >= 0, "negative reference count"

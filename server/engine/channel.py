@@ -81,19 +81,26 @@ class EngineStats:
     prefix_cache_queries: int = 0  # tokens
     prefix_cache_hits: int = 0  # tokens
     num_preemptions: int = 0
+    kv_blocks_dropped: int = 0  # cached ones, whose content had changed
     prompt_tokens_computed: int = 0  # by local computation, recomputation after preemption not counted
     prompt_tokens_cached: int = 0
     generation_tokens: int = 0
     step: int = 0
     step_tokens: int = 0  # tokens computed in the last step
     step_s: float = 0.0  # duration of the last step
+    # What rank 0's detectors of changed bits have looked at, and the seconds that took.
+    weight_slices_checked: int = 0
+    weight_check_s: float = 0.0
+    kv_blocks_checked: int = 0
+    kv_check_s: float = 0.0
+    rank_steps_checked: int = 0
 
-    def count_from(self, offset: dict[str, int]) -> None:
+    def count_from(self, offset: dict[str, float]) -> None:
         """Adds to the counters what is given for each."""
         for name, value in offset.items():
             setattr(self, name, getattr(self, name) + value)
 
-    def offset_of(self, other: "EngineStats") -> dict[str, int]:
+    def offset_of(self, other: "EngineStats") -> dict[str, float]:
         """What is to be added to the counters of `other`, so that they go on where these stand."""
         return {name: getattr(self, name) - getattr(other, name) for name in COUNTERS}
 
@@ -106,6 +113,12 @@ COUNTERS = (
     "prompt_tokens_cached",
     "generation_tokens",
     "step",
+    "kv_blocks_dropped",
+    "weight_slices_checked",
+    "weight_check_s",
+    "kv_blocks_checked",
+    "kv_check_s",
+    "rank_steps_checked",
 )
 
 

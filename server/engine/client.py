@@ -35,7 +35,7 @@ class EngineClient:
 
     def __init__(self, config: SupervisorConfig) -> None:
         self.stats = EngineStats()
-        self._offset: dict[str, int] = {}  # of the counters: what earlier engines have counted
+        self._offset: dict[str, float] = {}  # of the counters: what earlier engines have counted
         self.on_step: Callable[[StepOutput], None] | None = None
         self.on_wait: Callable[[], None] | None = None
         self.on_recovered: Callable[[Recovery], None] | None = None

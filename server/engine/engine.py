@@ -213,6 +213,9 @@ class Rank:
                 max_model_len=self.max_model_len,
                 use_graphs=backend.kernels() == "triton" and not config.enforce_eager,
                 ranks=ranks,
+                weight_scrub=config.weight_scrub,
+                kv_checksums=config.kv_checksums and backend.kernels() != "triton",
+                rank_check_interval=config.rank_check_interval,
             )
         except CheckpointError as error:
             raise StartupError(str(error)) from None
@@ -241,6 +244,16 @@ class Rank:
         return DistributedRanks.meet(place.rank, place.num_ranks, place.memory)
 
 
+def faults_of(config: EngineConfig, rank: int, runner: Runner) -> Faults:
+    """What a test asks of a rank: nothing, unless the server was started for tests."""
+    faults = Faults(config.faults, rank)
+    if config.faults:
+        from octavo.server.engine.bit_flips import BitFlips  # here, since no server that is not under test has it
+
+        faults.flip = BitFlips(runner).flip
+    return faults
+
+
 def _is_for_want_of_memory(error: Exception) -> bool:
     if isinstance(error, OSError):
         return error.errno in (errno.ENOMEM, errno.ENOSPC)
@@ -266,7 +279,7 @@ class Engine:
         num_blocks = self._leader.agree(rank.plan.num_blocks)
         self.runner = rank.load(num_blocks)
         infos = [rank.info, *self._leader.wait_until_loaded()]
-        faults = Faults(config.faults, place.rank)
+        faults = faults_of(config, place.rank, self.runner)
         faults.at("warm-up")
         warm_up_s = self.runner.warm_up(config.max_num_batched_tokens)
         self.runner.faults = faults
@@ -315,7 +328,11 @@ class Engine:
         return self.scheduler.abort(request_id, choice_index)
 
     def step(self) -> list[Delta]:
-        """Plan, execute and apply one step, its prefill paced by the steps before; no deltas where nothing can run."""
+        """Plan, execute and apply one step, its prefill paced by the steps before; no deltas where nothing can run.
+
+        Raises Corruption where bits have changed: what the step has computed is lost.
+        """
+        self.scrub()
         begin = time.monotonic()
         max_prefill_tokens = self._pacer.max_prefill_tokens(*self.scheduler.num_decodes_and_prefills())
         plan: StepPlan | None = self.scheduler.plan_step(begin, max_prefill_tokens)
@@ -330,6 +347,19 @@ class Engine:
         self._pacer.observe(num_decodes, num_prefill_tokens, self._step_s)
         return deltas
 
+    def scrub(self) -> None:
+        """Look at as much of rank 0's weights as is due. Raises Corruption."""
+        self.runner.weights.run()
+
     def stats(self) -> EngineStats:
         """Counters since the start, and the last step's figures."""
-        return EngineStats(**self.scheduler.stats(), step_s=self._step_s)
+        weights, kv, replicas = self.runner.weights, self.runner.kv_checksums, self.runner.replicas
+        return EngineStats(
+            **self.scheduler.stats(),
+            step_s=self._step_s,
+            weight_slices_checked=weights.num_checked,
+            weight_check_s=weights.seconds,
+            kv_blocks_checked=0 if kv is None else kv.num_checked,
+            kv_check_s=0.0 if kv is None else kv.seconds,
+            rank_steps_checked=replicas.num_checked,
+        )

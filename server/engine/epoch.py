@@ -42,11 +42,13 @@ class Fault:
     reason: str  # one of REASONS
     text: str
     silent_s: float = 0.0
+    detector: str = ""  # one of DETECTORS, where the engine computed wrongly
 
 
 # startup: it says that it cannot start; died: a process ended; failed: an exception; stalled: no progress;
-# unreadable: what it sends makes no sense; wrong: a known answer came out differently
-REASONS = ("startup", "died", "failed", "stalled", "unreadable", "wrong")
+# unreadable: what it sends makes no sense; wrong: a known answer came out differently; corrupt: bits have changed
+REASONS = ("startup", "died", "failed", "stalled", "unreadable", "wrong", "corrupt")
+DETECTORS = ("weights", "kv", "ranks", "known_answer")  # of changed bits
 
 
 class Epoch(asyncio.Protocol):
@@ -118,9 +120,15 @@ class Epoch(asyncio.Protocol):
 
     def fail(self, reason: str, text: str) -> None:
         """Ends the epoch, unless it has ended: whatever still comes of it is dropped."""
-        if not self.fault.done():
-            last_s = max(self._group.progress.read().at_s, self._begin_s)
-            self.fault.set_result(Fault(reason, text, time.monotonic() - last_s))
+        if self.fault.done():
+            return
+        last_s = max(self._group.progress.read().at_s, self._begin_s)
+        detector = "known_answer" if reason == "wrong" else ""
+        if (finding := self._group.progress.finding()) is not None:  # whatever else came of it
+            reason, detector = "corrupt", finding.detector
+            rank = "some rank" if finding.rank is None else f"rank {finding.rank}"
+            text = f"{rank}, detector {detector}: {finding.text}"
+        self.fault.set_result(Fault(reason, text, time.monotonic() - last_s, detector))
 
     async def close(self) -> None:
         """Has the engine end by itself, or else ends it. One that loads is not waited for."""

@@ -2,9 +2,10 @@
 
 OCTAVO_FAULTS names the folder, and is refused unless the server is started with --test-faults. A rank that comes to a
 phase takes the file away and does what it says, once. Kinds: kill, stop, segv, raise, slow (10 times as long, for
-NUM_SLOW steps). Phases: recovery (of an epoch but the first, before it loads), warm-up, prefill, decode, collective
-(while the model runs, where ranks wait for each other), sampling, plan (a rank but the first is sent one), which has
-kinds of its own: drop (it never comes) and change (what comes is another plan).
+NUM_SLOW steps), and flips of a bit in what the rank holds (`bit_flips.py`): flip-weights, flip-kv, and of the step that
+begins flip-activations and flip-logits. Phases: recovery (of an epoch but the first, before it loads), warm-up,
+prefill, decode, collective (while the model runs, where ranks wait for each other), sampling, plan (a rank but the
+first is sent one), which has kinds of its own: drop (it never comes) and change (what comes is another plan).
 """
 
 import os
@@ -12,9 +13,11 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
-KINDS = ("kill", "stop", "segv", "raise", "slow", "drop", "change")
+FLIPS = ("flip-weights", "flip-kv", "flip-activations", "flip-logits")
+KINDS = ("kill", "stop", "segv", "raise", "slow", "drop", "change", *FLIPS)
 PHASES = ("recovery", "warm-up", "prefill", "decode", "collective", "sampling", "plan")
 NUM_SLOW = 20
 SLOWER = 10
@@ -26,6 +29,7 @@ class Faults:
 
     def __init__(self, folder: str = "", rank: int = 0) -> None:
         self._folder, self._rank = folder, rank
+        self.flip: Callable[[str], object] = _nothing_to_flip  # told where a bit is to change
         self._num_slow = 0
         self._begin_s = self._step_s = 0.0
 
@@ -75,5 +79,11 @@ class Faults:
             raise RuntimeError("a fault that was asked for")
         if kind == "slow":
             self._num_slow = NUM_SLOW
+        elif kind in FLIPS:
+            self.flip(kind.removeprefix("flip-"))
         else:
             os.kill(os.getpid(), _SIGNALS[kind])
+
+
+def _nothing_to_flip(where: str) -> None:
+    raise RuntimeError(f"there are no {where} yet")

@@ -6,6 +6,7 @@ rank 0's, with one of another epoch, or with one missing, raises before it takes
 """
 
 import hashlib
+import select
 import socket
 import struct
 from dataclasses import dataclass, field
@@ -120,6 +121,10 @@ class Channel:
             self._bodies = self._buffer.feed(data)[::-1]
         return self._bodies.pop()
 
+    def wait(self, timeout_s: float) -> bool:
+        """Whether `receive` will find something, which may be the end, within so many seconds."""
+        return bool(self._bodies or select.select([self._channel], [], [], timeout_s)[0])
+
 
 class Leader:
     """Rank 0's side. With no other rank it agrees with itself."""
@@ -186,6 +191,10 @@ class Follower:
     def failed(self, message: str) -> None:
         """Tell rank 0 why this rank cannot start."""
         self._channel.send(_encoder.encode(Failed(message, startup=True)))
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether there is something to be received within so many seconds."""
+        return self._channel.wait(timeout_s)
 
     def receive(self) -> StepPlan | None:
         """The next step's plan; None where rank 0 has ended. Raises PeerError for any other plan."""

@@ -48,3 +48,4 @@ class StepResult:
     # plan index -> logprobs of prompt positions [start + 1, start + num], as far as they are prompt tokens
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
     failed: list[int] = field(default_factory=list)  # plan indices whose logits were not finite
+    changed_blocks: list[int] = field(default_factory=list)  # cached blocks whose content is not what it was

@@ -51,6 +51,12 @@ class PrefixCache:
             self._forget(block)
             self._pool.unmark_cached(block)
 
+    def clear(self) -> None:
+        """Forgets all blocks."""
+        self._blocks.clear()
+        self._hashes.clear()
+        self._pool.unmark_all()
+
     def check(self) -> None:
         """Raises AssertionError where the maps, or cache and pool, disagree. O(num_blocks)."""
         assert self._blocks == {block_hash: block for block, block_hash in self._hashes.items()}, "maps disagree"

@@ -19,14 +19,15 @@ from octavo.server.engine.channel import (
     decode_to_engine,
     encode_frame,
 )
-from octavo.server.engine.engine import Engine, Rank
+from octavo.server.engine.engine import Engine, Rank, faults_of
 from octavo.server.engine.faults import Faults
+from octavo.server.engine.integrity import Corruption
 from octavo.server.engine.peers import Follower, PeerError, Place
-from octavo.server.engine.progress import Progress
+from octavo.server.engine.progress import Finding, Progress
 from octavo.server.errors import StartupError
 
 RECEIVE_BYTES = 1 << 20
-IDLE_S = 0.25  # after which an engine without work shows itself
+IDLE_S = 0.25  # after which an engine without work shows itself, and ranks look at their weights
 
 
 class EngineProcess:
@@ -51,6 +52,7 @@ class EngineProcess:
             if self._engine.has_work:
                 return True
             self._progress.beat(IDLE_S)
+            self._engine.scrub()
         data = self._channel.recv(RECEIVE_BYTES)
         for body in self._buffer.feed(data):
             self._handle(decode_to_engine(body))
@@ -71,13 +73,18 @@ class EngineProcess:
 def run_rank(config: EngineConfig, place: Place, channel: socket.socket, progress: Progress) -> int:
     """Be one rank until the front end, or rank 0, is gone.
 
-    channel: rank 0's to the front end, of no use to others; progress: what ranks show it.
+    channel: rank 0's to the front end, of no use to others; progress: what ranks show it, and where they report that
+    they compute wrongly.
 
     Returns the exit status: 0, or 1 where the rank could not start or failed.
     """
     if place.epoch:
         Faults(config.faults, place.rank).at("recovery")
-    return _lead(config, place, channel, progress) if place.rank == 0 else follow(config, place, progress)
+    try:
+        return _lead(config, place, channel, progress) if place.rank == 0 else follow(config, place, progress)
+    except Corruption as error:
+        progress.report(Finding(place.rank if error.rank == -1 else error.rank, error.detector, str(error)))
+        return 1
 
 
 def _lead(config: EngineConfig, place: Place, channel: socket.socket, progress: Progress) -> int:
@@ -91,6 +98,8 @@ def _lead(config: EngineConfig, place: Place, channel: socket.socket, progress: 
         EngineProcess(engine, channel, progress, place.epoch).run()
     except (BrokenPipeError, ConnectionResetError):
         return 0
+    except Corruption:
+        raise
     except Exception as error:
         if not isinstance(error, StartupError):
             traceback.print_exc()
@@ -104,7 +113,7 @@ def _lead(config: EngineConfig, place: Place, channel: socket.socket, progress: 
 
 
 def follow(config: EngineConfig, place: Place, progress: Progress) -> int:
-    """Be a rank but the first. Raises PeerError for a plan that is not rank 0's."""
+    """Be a rank but the first. Raises PeerError for a plan that is not rank 0's, Corruption where bits have changed."""
     follower = Follower(place)
     try:
         rank = Rank(config, place)
@@ -117,15 +126,19 @@ def follow(config: EngineConfig, place: Place, progress: Progress) -> int:
         return 1
     except PeerError:  # rank 0 has given up, and said why
         return 1
-    faults = Faults(config.faults, place.rank)
+    faults = faults_of(config, place.rank, runner)
     faults.at("warm-up")
     runner.warm_up(config.max_num_batched_tokens)
     runner.faults = follower.faults = faults
     _freeze()
-    while (plan := follower.receive()) is not None:
+    while True:
+        while not follower.wait(IDLE_S):
+            runner.weights.run()
+        if (plan := follower.receive()) is None:
+            return 0
         runner.execute(plan)
         progress.show(place.rank, runner.figures)
-    return 0
+        runner.weights.run()
 
 
 def _freeze() -> None:

@@ -1,7 +1,8 @@
 """What an engine is doing, on a page of memory that the front end reads. Standard library only.
 
 It costs no message and wakes nobody, and it is still there when the engine is stuck or gone: whoever looks at it knows
-whether the engine goes on, how long its step may take, which requests were in that step, and what each rank has done.
+whether the engine goes on, how long its step may take, which requests were in that step, and what each rank has done;
+and, where a rank has ended itself over bits that have changed, what it found.
 """
 
 import mmap
@@ -20,6 +21,9 @@ _HEAD_BEGIN = MAX_RANKS * _ROW_BYTES
 _IDS_BEGIN = _HEAD_BEGIN + _HEAD.size
 RESIDENT_S = 1.0  # between two looks at the memory of a process
 PAGE_BYTES = 1 << 16
+_FINDING = struct.Struct("<BBH")  # rank + 2, 1 for none; the lengths of detector and text behind it; at the page's end
+FINDING_BYTES = 512
+_FINDING_AT = PAGE_BYTES - FINDING_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +33,15 @@ class Beat:
     at_s: float = 0.0  # time.monotonic(), which all processes share; 0.0: none yet
     expected_s: float = 0.0  # how long it is likely to take until the next one
     request_ids: tuple[str, ...] = ()  # of the step that runs; none between steps
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What a rank has found to be wrong, and which of its detectors did."""
+
+    rank: int | None  # whose bits are wrong; None: that cannot be said
+    detector: str
+    text: str
 
 
 @dataclass(slots=True)
@@ -62,7 +75,7 @@ class Progress:
 
     def beat(self, expected_s: float, request_ids: Iterable[str] = ()) -> None:
         """Says that the engine goes on, and what with. What of the ids does not fit on the page is left out."""
-        ids = "\n".join(request_ids).encode()[: PAGE_BYTES - _IDS_BEGIN]
+        ids = "\n".join(request_ids).encode()[: _FINDING_AT - _IDS_BEGIN]
         self._page[_IDS_BEGIN : _IDS_BEGIN + len(ids)] = ids
         _HEAD.pack_into(self._page, _HEAD_BEGIN, time.monotonic(), expected_s, len(ids))
 
@@ -84,6 +97,26 @@ class Progress:
         if self._page.closed:
             return []
         return [RankFigures(*_ROW.unpack_from(self._page, rank * _ROW_BYTES)) for rank in range(num_ranks)]
+
+    def report(self, finding: Finding) -> None:
+        """Says why this rank is about to end, in words that are cut where they are too long."""
+        detector = finding.detector.encode()
+        text = finding.text.encode()[: FINDING_BYTES - _FINDING.size - len(detector)]
+        begin = _FINDING_AT + _FINDING.size
+        self._page[begin : begin + len(detector) + len(text)] = detector + text
+        _FINDING.pack_into(
+            self._page, _FINDING_AT, 1 if finding.rank is None else finding.rank + 2, len(detector), len(text)
+        )
+
+    def finding(self) -> Finding | None:
+        """What a rank has reported; of several, the last."""
+        rank, detector_bytes, text_bytes = _FINDING.unpack_from(self._page, _FINDING_AT)
+        if not rank:
+            return None
+        begin = _FINDING_AT + _FINDING.size
+        data = self._page[begin : begin + detector_bytes + text_bytes]
+        detector, text = (part.decode(errors="replace") for part in (data[:detector_bytes], data[detector_bytes:]))
+        return Finding(None if rank == 1 else rank - 2, detector, text)
 
     def close(self) -> None:
         """Lets the page go; the other side may still have it. Nothing where that is done."""

@@ -8,6 +8,7 @@ needs is prepared while it runs.
 
 import time
 import traceback
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,8 +20,10 @@ from octavo.kernels.sample import EDIT, ROW, Sampled, sample
 from octavo.models.batch import Activations, StepInputs, host_and_device
 from octavo.models.config import ModelConfig
 from octavo.models.llama import Llama
-from octavo.models.memory import LOGITS_ROWS, kv_block_shape, logits_shape
+from octavo.models.memory import LOGITS_ROWS, check_sizes, kv_block_shape, logits_shape
+from octavo.models.resident import resident_tensors
 from octavo.server.engine.faults import Faults
+from octavo.server.engine.integrity import KvChecksums, Replicas, WeightScrub
 from octavo.server.engine.plan import NewChoice, StepPlan, StepResult
 from octavo.server.engine.progress import RankFigures
 from octavo.server.engine.request import SamplingParams, TokenLogprobs
@@ -40,12 +43,17 @@ class Runner:
         max_model_len: int,
         use_graphs: bool = False,
         ranks: Ranks | None = None,
+        weight_scrub: float = 0.0,
+        kv_checksums: bool = False,
+        rank_check_interval: int = 0,
     ) -> None:
         """use_graphs: once warmed up, replay steps in which every choice decodes, filled up to one of a few sizes.
 
-        ranks: by default this rank is alone.
+        ranks: by default this rank is alone; weight_scrub: share of the time to be spent on `weights`; kv_checksums:
+        compare those of KV blocks; rank_check_interval: every so many steps ranks compare what they have, 0: never.
         """
         self.model, self._ranks = model, ranks or Ranks()
+        self.weights = WeightScrub(resident_tensors(model), weight_scrub)
         self.faults = Faults()  # none, unless a test asks for some
         self.figures = RankFigures()  # since it is warm
         self._block_size = block_size
@@ -60,10 +68,14 @@ class Runner:
         self._widths = [len(peer.vocab(config)) for peer in model.shard.peers]  # of each rank's logits
         self._own_logits = self._ranks.buffer(logits_shape(config, model.shard), torch.float32).view(-1)
         self._own_token_ids = self._ranks.buffer((LOGITS_ROWS,), torch.int32)
+        changed, sums = (self._ranks.buffer((size,), torch.int64) for size in check_sizes(config))
+        self.kv_checksums = KvChecksums(self.kv_caches, changed, self._ranks) if kv_checksums else None
+        self.replicas = Replicas(sums, rank_check_interval, self._ranks)
         whole = LOGITS_ROWS if self._ranks.num_ranks > 1 and self._ranks.rank == 0 else 0
         self._logits = torch.empty((whole, config.vocab_size), dtype=torch.float32, device=device())
         largest = max_num_batched_tokens, max_num_seqs, max_num_batched_tokens, max_model_len
-        self._forward = Program(self._launch, *largest)
+        self._forward = Program(partial(self._launch, False), *largest)
+        self._checked_forward = Program(partial(self._launch, True), *largest) if self.replicas.interval else None
         self._decode_sizes = graph_sizes(min(max_num_seqs, max_num_batched_tokens))
         self._use_graphs = use_graphs
         self._graphs: Graphs | None = None
@@ -82,7 +94,10 @@ class Runner:
         self._wants_prompt_logprobs: set[int] = set()
 
     def execute(self, plan: StepPlan) -> StepResult:
-        """Run one step. Raises nothing for a single choice's sake: non-finite logits fail that choice alone."""
+        """Run one step. Raises nothing for a single choice's sake: non-finite logits fail that choice alone.
+
+        Raises Corruption where bits have changed and nothing that the step has computed is to be trusted.
+        """
         begin_s, collective_s = time.monotonic(), self._ranks.collective_s
         self.faults.begin_step("prefill" if max(plan.nums) > 1 else "decode")
         for choice in plan.new_choices:
@@ -94,7 +109,10 @@ class Runner:
         slots, starts = np.array(plan.slots), np.array(plan.starts)
         nums, samples = np.array(plan.nums), np.array(plan.samples)
         ends, sampled = np.cumsum(nums), np.flatnonzero(samples)
-        self._run(*self._fill_batch(slots, starts, nums, ends, sampled))
+        compares = self._compare_blocks(plan)
+        checks = self.replicas.is_due(plan.step)
+        self._run(*self._fill_batch(slots, starts, nums, ends, sampled), checks)
+        self._take_checksums(slots, starts, nums, plan.step)
         hidden = self._activations.normed
         result = StepResult(plan.epoch, plan.step)
         for index in self._prompt_logprob_indices(plan):
@@ -106,20 +124,42 @@ class Runner:
             self._ranks.wait()
         if not len(sampled) and device().type == "cuda":
             torch.cuda.synchronize()  # nothing else has waited: the inputs are free again, the step's duration is known
+        if compares and self.kv_checksums is not None:
+            result.changed_blocks = self.kv_checksums.changed()
+        if checks:
+            self.replicas.compare()
         self.faults.end_step()
         self.figures.num_steps += 1
         self.figures.step_s += time.monotonic() - begin_s
         self.figures.collective_s += self._ranks.collective_s - collective_s
         return result
 
-    def _launch(self, num_tokens: int, num_sequences: int, max_query_len: int, max_context_len: int) -> None:
-        batch = self._inputs.batch(num_tokens, num_sequences, max_query_len, max_context_len)
-        self.model.forward(self._activations.first(num_tokens), batch, self.kv_caches)
+    def _compare_blocks(self, plan: StepPlan) -> bool:
+        """Whether any of the blocks that choices begin with were looked at."""
+        if self.kv_checksums is None or not plan.new_choices:
+            return False
+        begins = dict(zip(plan.slots, plan.starts, strict=True))
+        blocks = [self._table_rows[c.slot, : begins[c.slot] // self._block_size] for c in plan.new_choices]
+        return self.kv_checksums.compare(np.concatenate(blocks).astype(np.int64), plan.step)
 
-    def _run(self, num_tokens: int, num_sequences: int, max_query_len: int, max_context_len: int) -> None:
+    def _take_checksums(self, slots: np.ndarray, starts: np.ndarray, nums: np.ndarray, step: int) -> None:
+        """Of the blocks that this step has filled."""
+        first, last = starts // self._block_size, (starts + nums) // self._block_size
+        if self.kv_checksums is not None and (last > first).any():
+            full = [self._table_rows[slots[i], first[i] : last[i]] for i in np.flatnonzero(last > first)]
+            self.kv_checksums.take(np.concatenate(full).astype(np.int64), step)
+
+    def _launch(
+        self, checks: bool, num_tokens: int, num_sequences: int, max_query_len: int, max_context_len: int
+    ) -> None:
+        batch = self._inputs.batch(num_tokens, num_sequences, max_query_len, max_context_len)
+        activations = self._activations.first(num_tokens, self.replicas.places() if checks else None)
+        self.model.forward(activations, batch, self.kv_caches)
+
+    def _run(self, num_tokens: int, num_sequences: int, max_query_len: int, max_context_len: int, checks: bool) -> None:
         """The forward pass of what `_fill_batch` wrote. On a GPU it is launched, not done."""
         size = 0
-        if self._graphs is not None and num_tokens == num_sequences:
+        if self._graphs is not None and num_tokens == num_sequences and not checks:
             size = self._graphs.size_for(num_sequences)
             self._inputs.pad_decodes(num_sequences, size)
         self._inputs.copy_to_device(max(num_sequences, size))
@@ -129,7 +169,8 @@ class Runner:
         if self._graphs is not None and size:
             self._graphs.replay(size)
         else:
-            self._forward.run(num_tokens, num_sequences, max_query_len, max_context_len)
+            program = self._checked_forward if checks and self._checked_forward is not None else self._forward
+            program.run(num_tokens, num_sequences, max_query_len, max_context_len)
 
     def _place(self, choice: NewChoice) -> None:
         slot, params = choice.slot, choice.params
@@ -300,7 +341,9 @@ class Runner:
         if self._use_graphs:
             self._inputs.pad_decodes(0, self._decode_sizes[-1])
             self._inputs.copy_to_device(self._decode_sizes[-1])
-            self._graphs = Graphs(lambda size: self._launch(size, size, 1, self._tokens.shape[1]), self._decode_sizes)
+            self._graphs = Graphs(
+                lambda size: self._launch(False, size, size, 1, self._tokens.shape[1]), self._decode_sizes
+            )
         self.figures = RankFigures()
         return prefill_s
 
@@ -316,8 +359,8 @@ class Runner:
         host["slots"][:] = -1  # padding alone: attention and the cache have nothing to do
         self._inputs.copy_to_device(1)
         for num_tokens in _around_powers_of_two(len(host["slots"])):
-            self._launch(num_tokens, 1, num_tokens, 1)
-            self._launch(1, 1, num_tokens, max_len)
+            self._launch(False, num_tokens, 1, num_tokens, 1)
+            self._launch(False, 1, 1, num_tokens, max_len)
         rows = np.zeros(min(LOGITS_ROWS, len(host["slots"])), ROW)
         rows["num_top"] = 1
         for num_rows in _around_powers_of_two(len(rows)):

@@ -41,6 +41,7 @@ class _Choice:
     num_planned: int = 0
     num_unknown: int = 0  # tokens that planned steps will sample
     num_in_flight: int = 0  # planned steps not applied yet
+    num_void: int = 0  # of these, the next ones, whose results are not to be taken
     num_inserted: int = 0  # leading blocks that the prefix cache has seen
     num_prompt_counted: int = 0  # prompt tokens that the statistics have seen, so that recomputation is not counted
     leaving: bool = False
@@ -108,6 +109,7 @@ class Scheduler:
         self._num_preemptions = 0
         self._prefix_cache_queries = 0
         self._prefix_cache_hits = 0
+        self._kv_blocks_dropped = 0
         self._prompt_tokens_computed = 0
         self._prompt_tokens_cached = 0
         self._generation_tokens = 0
@@ -238,6 +240,8 @@ class Scheduler:
         assert (result.epoch, result.step) == (plan.epoch, plan.step), "result of another step"
         self._step = plan.step
         self._step_tokens = sum(plan.nums)
+        if result.changed_blocks:
+            self._drop(result.changed_blocks)
         deltas = []
         token_ids = iter(result.token_ids)
         columns = zip(plan.slots, plan.starts, plan.nums, plan.samples, strict=True)
@@ -247,7 +251,9 @@ class Scheduler:
             new_token_ids = [next(token_ids)] if samples else []
             choice.num_in_flight -= 1
             choice.num_unknown -= samples
-            if not choice.finished:
+            if choice.num_void:
+                choice.num_void -= 1
+            elif not choice.finished:
                 delta = self._commit(choice, start + num, new_token_ids, index, result)
                 if delta is not None:
                     deltas.append(delta)
@@ -260,7 +266,7 @@ class Scheduler:
         return [choice.request.request_id for slot in plan.slots if (choice := self._slots[slot]) is not None]
 
     def stats(self) -> dict[str, int]:
-        """The fields of `channel.EngineStats` that the scheduler knows: all but `step_s`."""
+        """The fields of `channel.EngineStats` that the scheduler knows: those of steps and of ranks are others'."""
         return {
             "num_running": len(self._running),
             "num_waiting": len(self._waiting) + len(self._deferred),
@@ -269,6 +275,7 @@ class Scheduler:
             "prefix_cache_queries": self._prefix_cache_queries,
             "prefix_cache_hits": self._prefix_cache_hits,
             "num_preemptions": self._num_preemptions,
+            "kv_blocks_dropped": self._kv_blocks_dropped,
             "prompt_tokens_computed": self._prompt_tokens_computed,
             "prompt_tokens_cached": self._prompt_tokens_cached,
             "generation_tokens": self._generation_tokens,
@@ -414,9 +421,25 @@ class Scheduler:
         choice.num_in_flight += 1
 
     def _preempt(self, choice: _Choice) -> None:
-        """Sends a running choice back to the head of the queue, its tokens to be computed again."""
+        """Has a running choice wait, since others need its blocks."""
         self._num_preemptions += 1
         choice.num_preemptions += 1
+        self._send_back(choice)
+
+    def _drop(self, blocks: list[int]) -> None:
+        """The content of cached blocks has changed: what was computed from them is computed again.
+
+        That is what all choices have that begin with them, and any part of the cache.
+        """
+        self._kv_blocks_dropped += len(blocks)
+        self._cache.clear()
+        for choice in reversed([*self._running]):
+            if not set(blocks).isdisjoint(choice.blocks):
+                choice.num_void = choice.num_in_flight
+                self._send_back(choice)
+
+    def _send_back(self, choice: _Choice) -> None:
+        """Sends a running choice back to the head of the queue, its tokens to be computed again."""
         del self._running[choice]
         self._stop_computing(choice)
         self._put_first(choice)

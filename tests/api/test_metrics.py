@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from octavo.server.api.metrics import FixedHistogram, lengths_up_to
-from octavo.server.engine.epoch import Fault
+from octavo.server.engine.epoch import DETECTORS, Fault
 from octavo.server.engine.progress import RankFigures
 from octavo.server.engine.supervisor import Recovery
 
@@ -156,6 +156,20 @@ async def test_ranks_have_series_while_they_are_there(tmp_path: Path) -> None:
         samples = of_ranks(await scrape(server))
         assert {dict(labels)["rank"] for _, labels in samples} == {"0", "1"}
         assert samples["octavo:rank_steps_total", (("rank", "1"),)] == 0
+
+
+async def test_corruptions(tmp_path: Path) -> None:
+    async with serving(tmp_path) as server:
+        assert server.engine.on_recovered is not None
+        server.engine.on_recovered(Recovery(Fault("corrupt", "rank 1, ...", 0.1, "weights"), 3))
+        server.engine.on_recovered(Recovery(Fault("died", "an engine process ended", 0.1), 3))
+        server.engine.stats = replace(server.engine.stats, weight_slices_checked=12, weight_check_s=0.5)
+        samples = await scrape(server)
+        assert samples["octavo:recoveries_total", (("reason", "corrupt"),)] == 1
+        for detector in DETECTORS:
+            assert samples["octavo:corruptions_total", (("detector", detector),)] == (detector == "weights")
+        assert samples["octavo:corruption_checks_total", (("detector", "weights"),)] == 12
+        assert samples["octavo:corruption_check_seconds_total", (("detector", "weights"),)] == 0.5
 
 
 @pytest.mark.parametrize("reason", ["stop", "abort", "error"])

@@ -29,6 +29,7 @@ OPS = {
     "embedding",
     "all_reduce, sum of 2",
     "sample",
+    "checksum, of a weight",
 }
 
 

@@ -122,7 +122,7 @@ def test_ranks_show_what_they_do(client: EngineClient, runner: asyncio.Runner) -
 
 def test_a_wrong_plan_is_never_executed(client: EngineClient, faults: Path, log: Path, runner: asyncio.Runner) -> None:
     """Each that is injected is found out before a token of its step is emitted, and no stream notices."""
-    emitted: set[tuple[int, int]] = set()  # (epoch, step)
+    emitted: set[tuple[int, float]] = set()  # (epoch, step)
     recoveries: list[Recovery] = []
 
     def on_step(output: StepOutput) -> None:

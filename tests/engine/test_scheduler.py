@@ -935,7 +935,8 @@ def test_results_are_applied_in_order_and_to_their_own_plan() -> None:
 def test_statistics_have_the_names_of_the_channel() -> None:
     stats = make().stats()
     assert EngineStats(**stats, step_s=0.0) == EngineStats()
-    assert stats.keys() | {"step_s"} == set(EngineStats.__dataclass_fields__)
+    of_the_ranks = {"weight_slices_checked", "weight_check_s", "kv_blocks_checked", "kv_check_s", "rank_steps_checked"}
+    assert stats.keys() | {"step_s"} | of_the_ranks == set(EngineStats.__dataclass_fields__)
 
 
 def test_statistics_count_tokens_once() -> None:
@@ -1008,3 +1009,49 @@ def test_an_abort_does_not_search_the_queue() -> None:
     scheduler._waiting = Untouchable(scheduler._waiting)  # type: ignore[assignment]
     assert ends(scheduler.abort("b")) == [("b", 0, "abort")]
     assert scheduler.stats()["num_waiting"] == 2
+
+
+# Blocks whose content has changed
+
+
+def test_choices_that_begin_with_a_changed_block_are_computed_again() -> None:
+    scheduler = make(max_num_seqs=3, num_blocks=24)
+    prompt = list(range(10, 19))  # two full blocks and a token
+    scheduler.add(request("a", prompt))
+    scheduler.add(request("z", 3))
+    assert step(scheduler, 50, 60)[0].new_blocks == [(0, [0, 1, 2]), (1, [3])]
+    scheduler.add(request("b", [*prompt, 1]))
+    plan = plan_of(scheduler)
+    assert plan.new_blocks[-1] == (2, [0, 1, 4])
+    deltas = apply(scheduler, plan, [51, 61, 70], changed_blocks=[1])
+    assert deltas == [Delta("z", 0, 1, [61])]  # neither a's nor b's tokens
+    assert waiting(scheduler) == ["a", "b"]
+    assert scheduler.stats()["kv_blocks_dropped"] == 1 and scheduler.stats()["num_preemptions"] == 0
+    plan, deltas = step(scheduler, 62, 51)
+    assert columns(plan)[1] == (2, 0, 10, True)  # a from its first token, nothing of it is cached; b awaits its blocks
+    assert [(delta.request_id, delta.start, delta.token_ids) for delta in deltas] == [("z", 2, [62]), ("a", 1, [51])]
+    plan, deltas = step(scheduler, 63, 52, 70)
+    assert (deltas[-1].request_id, deltas[-1].start, deltas[-1].token_ids) == ("b", 0, [70])
+
+
+def test_steps_planned_on_a_changed_block_are_void() -> None:
+    scheduler = make()
+    scheduler.add(request("a", 9))
+    step(scheduler, 50)
+    first, second = plan_of(scheduler), plan_of(scheduler)
+    assert apply(scheduler, first, [51], changed_blocks=[0]) == []
+    assert scheduler.plan_step(0.0) is None  # its slot and blocks are in use
+    assert apply(scheduler, second, [52]) == []
+    plan, deltas = step(scheduler, 51)
+    assert columns(plan) == [(0, 0, 10, True)] and deltas == [Delta("a", 0, 1, [51])]
+    assert [delta.token_ids for delta in drain(scheduler)] == [[500]] * 6
+
+
+def test_a_choice_that_ends_while_its_block_changes_ends() -> None:
+    scheduler = make()
+    scheduler.add(request("a", 9))
+    step(scheduler, 50)
+    plan = plan_of(scheduler)
+    scheduler.abort("a")
+    assert apply(scheduler, plan, [51], changed_blocks=[0]) == []
+    assert not scheduler.has_work and not scheduler.stats()["num_blocks_used"]

@@ -11,7 +11,9 @@ from octavo.server.engine import supervisor
 from octavo.server.engine.channel import Abort, Add, EngineStats, Failed, Ready, StepOutput
 from octavo.server.engine.client import EngineClient
 from octavo.server.engine.epoch import TICK_S
+from octavo.server.engine.progress import Finding
 from octavo.server.engine.request import Delta, FinishReason, GenerationRequest
+from octavo.server.engine.supervisor import Recovery
 from octavo.server.errors import EngineError, RequestError, StartupError
 
 __all__ = ["groups"]
@@ -114,6 +116,26 @@ async def test_an_engine_is_asked_again_while_it_runs(groups: Groups) -> None:
         second = await groups.next()
         await second.prove()
         await eventually(lambda: client.state == "ok")
+
+
+@pytest.mark.parametrize("how", ["died", "failed"])
+async def test_what_a_rank_has_found_is_the_fault(how: str, groups: Groups, caplog: pytest.LogCaptureFixture) -> None:
+    async with connected(groups, max_faults=9) as (client, first):
+        recovered: list[Recovery] = []
+        client.on_recovered = recovered.append
+        for number in range(1, 4):  # more often than a request is taken for the cause
+            (a,) = begun(client, request(f"a{number}"))
+            runs(groups[-1], a.request.request_id)
+            groups[-1].progress.report(Finding(number, "weights", "layers[0].norm.weight has changed"))
+            await replaced(groups[-1], groups, how)
+            await eventually(lambda: client.state == "ok")
+            assert f"rank {number}, detector weights: layers[0].norm.weight has changed" in caplog.text
+            client.end(a.request.request_id)
+        groups[-1].step()
+        (b,) = begun(client, request("b"))
+        groups[-1].step(Delta("b", 0, 0, [5]))
+        await eventually(lambda: b.token_ids == [5])
+        assert {(r.fault.reason, r.fault.detector) for r in recovered} == {("corrupt", "weights")}
 
 
 async def test_a_start_that_fails_is_tried_again(groups: Groups) -> None:
