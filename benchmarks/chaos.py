@@ -6,6 +6,9 @@ The matrix: {kill, stop, segv, raise, slow} x {idle, prefill, decode, collective
 Each fault appends a line of JSON to the log, and a log that is there already is gone on with. In the end, the table.
 Idle faults are signals from outside (raise and slow have no idle); those of warm-up and recovery strike the start that
 follows a kill, so they are two faults. All else is asked of the ranks themselves (`server/engine/faults.py`).
+
+With --lose-devices, instead: while all requests run, the ranks' devices are declared dead and their ranks killed, from
+the last to the second, so that one is left; then they are all there again.
 """
 
 import argparse
@@ -59,6 +62,7 @@ class Outcome:
     first_s: float | None = None  # from the fault to the first token after it
     all_s: float | None = None  # to the first token of the last stream to go on
     seconds: dict[str, float] = field(default_factory=dict)  # of the server's own account, by phase
+    ranks: list[int] = field(default_factory=list)  # after each device that was lost, and when all were back
 
 
 def matrix(num_ranks: int) -> list[Planned]:
@@ -226,6 +230,55 @@ class Chaos:
         os.kill(rank_pids(self._pid)[planned.rank], number)
         return True
 
+    async def lose_devices(self, has_same_bits: bool) -> Outcome:
+        """All devices but the first are lost, from the last on, while all requests run; then they are taken back.
+
+        has_same_bits: fewer ranks should give the same answers; else they are to be whole, and where nothing but their
+        length ends them as long as they were.
+        """
+        num_ranks = left = len(rank_pids(self._pid))
+        outcome, before = Outcome(0, "kill", "decode", num_ranks - 1), await self._recoveries()
+        streams = [Stream() for _ in self._requests]
+        running = asyncio.gather(
+            *(read(self._http, *r, s) for r, s in zip(self._requests, streams, strict=True)), return_exceptions=True
+        )
+        for device in range(num_ranks - 1, 0, -1):
+            since_s = time.monotonic()
+            await self._until(lambda since_s=since_s: any(s.times_s and s.times_s[-1] > since_s for s in streams))
+            (self._faults / f"dead={device}").touch()
+            if device < left:  # else it is not used
+                os.kill(rank_pids(self._pid)[device], signal.SIGKILL)
+                left = await self._fewer_ranks(left)
+            outcome.ranks.append(left)
+        outcome.effective = not running.done()
+        await running
+        after = await self._recoveries()
+        outcome.recoveries = int(after["count"] - before["count"])
+        outcome.lost = sum(not stream.is_whole for stream in streams)
+        for (_, body), stream, expected in zip(self._requests, streams, self._expected, strict=True):
+            if has_same_bits:
+                outcome.wrong += stream.output() != expected
+            elif body["ignore_eos"]:
+                outcome.wrong += stream.num_tokens != expected[1]
+        for path in self._faults.iterdir():
+            path.unlink()
+        begin_s = time.monotonic()
+        while "ranks" in (await self._http.get("/health")).json():
+            assert time.monotonic() < begin_s + FAULT_S, "the devices are not taken back"
+            await asyncio.sleep(0.05)
+        await self._until_ready()
+        outcome.ranks.append(len(rank_pids(self._pid)))
+        return outcome
+
+    async def _fewer_ranks(self, num_ranks: int) -> int:
+        """How many ranks the server goes on with, once these are fewer."""
+        begin_s = time.monotonic()
+        while (left := (await self._http.get("/health")).json().get("ranks", num_ranks)) >= num_ranks:
+            assert time.monotonic() < begin_s + FAULT_S, "no device is left out"
+            await asyncio.sleep(0.01)
+        await self._until_ready()
+        return int(left)
+
     async def _until(self, condition: Any) -> None:
         deadline = time.monotonic() + FAULT_S
         while not condition() and time.monotonic() < deadline:
@@ -266,7 +319,8 @@ def rank_pids(pid: int) -> list[int]:
 def served(model: str, num_ranks: int, faults: Path, *flags: str) -> Iterator[tuple[int, str]]:
     """A server in test mode: its process id and URL."""
     command = [sys.executable, "-m", "octavo.server", "serve", model, "--port", "0", "--device", "cpu", "--test-faults"]
-    command += ["--tensor-parallel-size", str(num_ranks), "--max-faults", "1000000", *flags]
+    command += ["--tensor-parallel-size", str(num_ranks), "--max-faults", "1000000"]
+    command += ["--max-device-faults", "1000000", *flags]
     with tempfile.NamedTemporaryFile("w+", suffix=".log") as log:
         environment = {**os.environ, "OCTAVO_FAULTS": str(faults), "OCTAVO_API_KEY": ""}
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
@@ -320,6 +374,14 @@ def table(outcomes: list[Outcome]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+async def _shrink(arguments: argparse.Namespace) -> Outcome:
+    flags = arguments.flags.split()
+    async with suffering(
+        arguments.model, arguments.ranks, *flags, num_streams=arguments.streams, num_tokens=arguments.tokens
+    ) as chaos:
+        return await chaos.lose_devices("ranks" in flags)
+
+
 async def _campaign(arguments: argparse.Namespace, log: Path, done: int) -> None:
     planned = list(islice(cycle(matrix(arguments.ranks)), arguments.faults))[done:]
     flags = arguments.flags.split()
@@ -344,7 +406,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=40, help="of each stream")
     parser.add_argument("--flags", default="", help="more flags of octavo serve, in one string")
     parser.add_argument("--log", type=Path, default=Path("chaos.jsonl"))
+    parser.add_argument("--lose-devices", action="store_true", help="see above; nothing is logged")
     arguments = parser.parse_args(argv)
+    if arguments.lose_devices:
+        outcome = asyncio.run(_shrink(arguments))
+        print(json.dumps(asdict(outcome)))
+        return int(bool(outcome.lost or outcome.wrong))
     log: Path = arguments.log
     done = len(log.read_text().splitlines()) if log.exists() else 0
     if done < arguments.faults:

@@ -37,6 +37,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "step_deadline": (0, 86400),
     "max_recovery_time": (0, 86400),
     "max_faults": (0, 10**6),
+    "max_device_faults": (0, 10**6),
     "canary_interval": (0, 86400),
     "port": (0, 65535),
     "seed": (0, 2**64 - 1),

@@ -97,6 +97,11 @@ class SupervisorConfig(EngineConfig):
         300.0, "most seconds from an engine's fault until another is ready; past it the server exits with status 70"
     )
     max_faults: int = flag(10, "most faults of engines within 10 minutes; past it the server exits with status 70")
+    max_device_faults: int = flag(
+        3,
+        "most faults of one rank's device within 10 minutes; past it, or when the device is gone, the engine goes on "
+        "with fewer ranks",
+    )
     canary_interval: float = flag(
         300.0, "seconds after which an engine is asked again what the first one has answered; 0: never"
     )

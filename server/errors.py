@@ -31,6 +31,12 @@ class RequestError(OctavoError):
 class StartupError(OctavoError):
     """Why the server cannot start, in one line that says what to do. The command exits with status 1, no traceback."""
 
+    rank = 0  # of an engine's ranks, the one that cannot
+
+
+class DeviceError(StartupError):
+    """A rank cannot start because its device is not there."""
+
 
 class EngineError(OctavoError):
     """The engine failed while a request ran: the stream ends with an explicit error, never silently."""

@@ -335,6 +335,15 @@ def _log_start(config: ServerConfig, client: EngineClient, listener: socket.sock
         context / info.max_model_len,
         info.max_model_len,
     )
+    if len(info.ladder) > 1:
+        rungs = [
+            f"{rung.num_ranks}"
+            + (f" (context {rung.max_model_len})" if rung.max_model_len < info.max_model_len else "")
+            for rung in info.ladder[1:]
+        ]
+        logger.info("where devices are lost it goes on with fewer ranks: %s", ", ".join(rungs))
+    elif len(info.ranks) > 1:
+        logger.info("where a device is lost it cannot go on: fewer ranks do not fit the memory")
     logger.info("listening on http://%s:%d%s", f"[{host}]" if ":" in host else host, port, _note(config))
 
 

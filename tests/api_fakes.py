@@ -17,6 +17,7 @@ from octavo.server.api.app import create_app
 from octavo.server.api.state import State
 from octavo.server.config import ServerConfig
 from octavo.server.engine.channel import EngineInfo, EngineStats, RankInfo, StepOutput
+from octavo.server.engine.devices import Rung
 from octavo.server.engine.progress import RankFigures
 from octavo.server.engine.request import Delta, FinishReason, GenerationRequest, TokenLogprobs
 from octavo.server.engine.supervisor import EngineState, Recovery
@@ -56,6 +57,8 @@ class FakeEngine:
     script: Callable[[GenerationRequest, int], list[int]]
     step_size: int = 1
     state: EngineState = "ok"
+    degraded: str = ""
+    left_out: list[str] = field(default_factory=list)
     on_step: Callable[[StepOutput], None] | None = None
     on_wait: Callable[[], None] | None = None
     on_recovered: Callable[[Recovery], None] | None = None
@@ -75,6 +78,7 @@ class FakeEngine:
             kernels="none",
             num_threads=1,
             load_s=0.0,
+            ladder=[Rung(1, MAX_MODEL_LEN)],
         )
     )
     figures: list[RankFigures] = field(default_factory=lambda: [RankFigures(10, 2.0, 0.5, 1 << 20)])

@@ -2,7 +2,7 @@
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -14,6 +14,7 @@ from octavo.server.config import EngineConfig, SupervisorConfig
 from octavo.server.engine import supervisor
 from octavo.server.engine.channel import (
     Add,
+    EngineInfo,
     EngineStats,
     FrameBuffer,
     Ready,
@@ -35,8 +36,8 @@ INFO = FakeEngine(lambda request, index: []).info
 class FakeGroup:
     """Stands for `Group`. Nothing runs: what an engine would do, the test does."""
 
-    def __init__(self, epoch: int) -> None:
-        self.epoch = epoch
+    def __init__(self, config: EngineConfig, epoch: int, devices: list[int]) -> None:
+        self.config, self.epoch, self.devices = config, epoch, devices
         self.channel, self._theirs = socket.socketpair()
         self._theirs.setblocking(False)
         self.progress = Progress()
@@ -91,9 +92,17 @@ class FakeGroup:
         self.received.clear()
         return True
 
-    async def prove(self, logprob: float = -1.0) -> None:
+    def show_itself(self) -> None:
+        """As the probe of a device that is there."""
+        self._theirs.sendall(b"1")
+
+    def deny(self) -> None:
+        """As the probe of one that is not."""
+        self._theirs.close()
+
+    async def prove(self, logprob: float = -1.0, info: EngineInfo = INFO) -> None:
         """Loads, and answers the question whose answer is known."""
-        self.send(Ready(INFO))
+        self.send(Ready(info))
         await self.answer(logprob)
 
     async def answer(self, logprob: float = -1.0) -> None:
@@ -154,8 +163,8 @@ def groups(monkeypatch: pytest.MonkeyPatch) -> Groups:
     """No client starts processes; it starts these."""
     started = Groups()
 
-    def start(config: EngineConfig, epoch: int) -> FakeGroup:
-        started.append(FakeGroup(epoch))
+    def start(config: EngineConfig, epoch: int, devices: Sequence[int]) -> FakeGroup:
+        started.append(FakeGroup(config, epoch, list(devices)))
         return started[-1]
 
     monkeypatch.setattr(supervisor, "Launcher", lambda: SimpleNamespace(start=start, close=lambda: None))
@@ -163,12 +172,14 @@ def groups(monkeypatch: pytest.MonkeyPatch) -> Groups:
 
 
 @asynccontextmanager
-async def connected(groups: Groups, **config: float) -> AsyncIterator[tuple[EngineClient, FakeGroup]]:
+async def connected(
+    groups: Groups, info: EngineInfo = INFO, **config: float | str
+) -> AsyncIterator[tuple[EngineClient, FakeGroup]]:
     """A client whose first engine runs."""
     client = EngineClient(SupervisorConfig(model="tiny", **config))  # type: ignore[arg-type]
     start = asyncio.create_task(client.start())
     group = await groups.next()
-    await group.prove()
+    await group.prove(info=info)
     await start
     try:
         yield client, group

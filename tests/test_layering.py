@@ -24,7 +24,10 @@ PURE = frozenset(
 )
 ASKING = frozenset(
     f"octavo.server.engine.{name}"
-    for name in ("client", "supervisor", "epoch", "group", "progress", "known_answer", "channel", "journal", "request")
+    for name in (
+        *("client", "supervisor", "epoch", "group", "progress", "devices"),
+        *("known_answer", "channel", "journal", "request"),
+    )
 )
 
 # Module prefix -> (prefixes of ours that it may import, prefixes of others that it must not). The first row that fits
@@ -39,7 +42,8 @@ RULES: list[tuple[str, frozenset[str], frozenset[str] | None]] = [
     ("octavo.server.engine.block_pool", frozenset(), None),
     ("octavo.server.engine.prefix_cache", frozenset({"octavo.server.engine.block_pool"}), None),
     ("octavo.server.engine.scheduler", PURE, None),
-    ("octavo.server.engine.channel", frozenset({"octavo.server.engine.request"}), HTTP | MODEL),
+    ("octavo.server.engine.devices", frozenset(), None),
+    ("octavo.server.engine.channel", ASKING | SHARED, HTTP | MODEL),
     ("octavo.server.engine.journal", ASKING | SHARED, HTTP | MODEL),
     ("octavo.server.engine.progress", frozenset(), None),
     ("octavo.server.engine.faults", frozenset(), None),

@@ -79,6 +79,23 @@ def test_a_rank_whose_weights_have_changed_is_replaced(chaos: Chaos, runner: asy
     runner.run(flip(chaos, "weights", 1, "weights"))
 
 
+@pytest.mark.parametrize(
+    ("exactness", "ranks"), [pytest.param("batch", [3, 2, 1, 4], marks=pytest.mark.slow), ("ranks", [2, 2, 1, 4])]
+)
+def test_devices_are_lost_one_after_another(
+    exactness: str, ranks: list[int], model: Path, runner: asyncio.Runner
+) -> None:
+    async def lose() -> Outcome:
+        flags = "--kv-cache-memory-bytes", "8M", "--exactness", exactness
+        async with suffering(str(model), 4, *flags, num_tokens=150) as chaos:
+            return await chaos.lose_devices(exactness == "ranks")
+
+    outcome = runner.run(lose())
+    print(asdict(outcome))
+    assert outcome.effective and outcome.ranks == ranks and outcome.recoveries == len(set(ranks)) - 1
+    assert (outcome.lost, outcome.wrong) == (0, 0)
+
+
 def test_the_table_counts_what_went_wrong() -> None:
     outcomes = [
         Outcome(0, "kill", "decode", 0, effective=True, recoveries=1, lost=1, wrong=2, first_s=1.0, all_s=3.0),

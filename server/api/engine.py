@@ -34,6 +34,14 @@ class Engine(Protocol):
         """What each rank has done; none while they load."""
 
     @property
+    def degraded(self) -> str:
+        """With how many ranks it goes on and why, in words; empty where it has all that were asked for."""
+
+    @property
+    def left_out(self) -> list[str]:
+        """Why devices are not used, for each of them: reasons of `devices.LEFT_OUT`."""
+
+    @property
     def state(self) -> EngineState:
         """Whether the engine runs."""
 

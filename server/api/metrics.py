@@ -19,6 +19,7 @@ from prometheus_client.utils import floatToGoString
 from octavo.server.api.engine import Engine
 from octavo.server.config import ServerConfig
 from octavo.server.engine.channel import EngineInfo, EngineStats, StepOutput
+from octavo.server.engine.devices import LEFT_OUT
 from octavo.server.engine.epoch import DETECTORS, REASONS
 from octavo.server.engine.supervisor import PHASES, Recovery
 
@@ -133,6 +134,7 @@ class Metrics:
                 ("num_requests_running", "Choices in execution."),
                 ("num_requests_waiting", "Choices that wait, deferred ones included."),
                 ("kv_cache_usage_perc", "Share of KV blocks that choices own, 0 to 1."),
+                ("ranks", "Ranks that compute."),
             )
         }
         self._waiting = self._by(
@@ -181,6 +183,9 @@ class Metrics:
             "request_num_preemptions", "How often a choice was put back to waiting.", _PREEMPTIONS
         )
         self._lengths: dict[str, FixedHistogram] = {}  # once the context's length is known
+        self._degraded = self._by(
+            Gauge, "degraded", "Devices that are not used, by what is wrong with them.", "reason", LEFT_OUT
+        )
         self._recoveries = self._by(
             Counter, "recoveries", "Engines replaced after a fault, by what it was.", "reason", REASONS
         )
@@ -324,6 +329,9 @@ class Metrics:
         """Brings gauges and counters up to `stats`."""
         self._gauges["num_requests_running"].set(stats.num_running)
         self._gauges["num_requests_waiting"].set(stats.num_waiting)
+        self._gauges["ranks"].set(len(self._engine.info.ranks))
+        for reason, gauge in self._degraded.items():
+            gauge.set(self._engine.left_out.count(reason))
         self._waiting["deferred"].set(stats.num_deferred)
         self._waiting["capacity"].set(stats.num_waiting - stats.num_deferred)
         self._gauges["kv_cache_usage_perc"].set(stats.num_blocks_used / self._engine.info.num_blocks)

@@ -125,8 +125,11 @@ async def readyz(request: Request) -> Response:
 @router.api_route("/health", methods=["GET", "HEAD"])
 async def health(request: Request) -> Response:
     """Whether the server should be left to live: one that drains should, and one that saves its streams."""
-    status = _state(request).status
-    return _json({"status": status}, 200 if status in ("ok", "recovering", "draining") else 503)
+    state, engine = _state(request), _state(request).engine
+    payload: dict[str, Any] = {"status": state.status}
+    if engine.degraded:
+        payload |= {"degraded": True, "ranks": len(engine.info.ranks), "reason": engine.degraded}
+    return _json(payload, 200 if state.status in ("ok", "recovering", "draining") else 503)
 
 
 def _state(request: Request) -> State:

@@ -55,6 +55,7 @@ class State:
         facts = (
             *(__version__, info.architecture, info.dtype, info.device, info.kernels, info.num_parameters),
             self.config.exactness,
+            0 if self.config.exactness == "ranks" else len(info.ranks),
         )
         return "fp_" + hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
 

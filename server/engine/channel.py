@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 import msgspec
 
+from octavo.server.engine.devices import Rung
 from octavo.server.engine.request import Delta, GenerationRequest
+from octavo.server.errors import DeviceError, StartupError
 
 _LENGTH = struct.Struct("<I")
 MAX_FRAME_BYTES = 256 << 20
@@ -58,6 +60,7 @@ class EngineInfo:
     kernels: str  # the kernels in use, for people
     num_threads: int  # of each rank
     load_s: float
+    ladder: list[Rung]  # from as many ranks as there are downwards
 
     @property
     def weight_bytes(self) -> int:
@@ -133,6 +136,19 @@ class Failed(msgspec.Struct, tag="failed"):
 
     message: str
     startup: bool
+    rank: int = 0  # whose start failed
+    is_gone: bool = False  # since its device is not there
+
+    @classmethod
+    def to_start(cls, error: StartupError, rank: int) -> "Failed":
+        """Why a rank cannot start."""
+        return cls(str(error), True, rank, isinstance(error, DeviceError))
+
+    def error(self) -> StartupError:
+        """Inverse of `to_start`."""
+        error = (DeviceError if self.is_gone else StartupError)(self.message)
+        error.rank = self.rank
+        return error
 
 
 class StepOutput(msgspec.Struct, tag="step"):

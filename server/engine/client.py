@@ -63,6 +63,16 @@ class EngineClient:
         return self._supervisor.figures
 
     @property
+    def degraded(self) -> str:
+        """With how many ranks it goes on and why, in words; empty where it has all that were asked for."""
+        return self._supervisor.degraded
+
+    @property
+    def left_out(self) -> list[str]:
+        """Why devices are not used, for each of them: reasons of `devices.LEFT_OUT`."""
+        return [out.reason for out in self._supervisor.devices.left_out.values()]
+
+    @property
     def pids(self) -> list[int]:
         """Process ids of the current ranks."""
         return self._supervisor.pids
@@ -82,10 +92,13 @@ class EngineClient:
 
         `on_error` is called if it is given up first. Neither is called before this returns, nor after `end`, and
         neither may raise. The request id must never have been used before: the engine may still answer for a request
-        given up on. Raises EngineError if there is no engine and none to come, ValueError where the id is in use.
+        given up on. Raises EngineError if there is no engine and none to come, ValueError where the id is in use,
+        RequestError where the request was valid for an engine with more ranks.
         """
         if self.state not in ("ok", "recovering"):
             raise EngineError(f"the engine is {self.state}")
+        if self.state == "ok" and (error := self._supervisor.too_long(request)):
+            raise error
         self.journal.open(request)
         self._callers[request.request_id] = on_deltas, on_error
         if self.state == "ok":

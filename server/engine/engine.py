@@ -7,6 +7,7 @@ import errno
 import os
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -33,14 +34,15 @@ from octavo.models.quantization.choose import with_quantization
 from octavo.models.shard import Shard, shard_model
 from octavo.server.config import GIB, MIB, EngineConfig
 from octavo.server.engine.channel import EngineInfo, EngineStats, RankInfo
-from octavo.server.engine.faults import Faults
+from octavo.server.engine.devices import Rung
+from octavo.server.engine.faults import Faults, is_dead
 from octavo.server.engine.pacing import ROW_TILE, Pacer
 from octavo.server.engine.peers import Leader, Place
 from octavo.server.engine.plan import StepPlan
 from octavo.server.engine.request import Delta, GenerationRequest
 from octavo.server.engine.runner import Runner
 from octavo.server.engine.scheduler import Scheduler
-from octavo.server.errors import StartupError
+from octavo.server.errors import DeviceError, StartupError
 
 RUNTIME_BYTES = 400 * MIB  # interpreter, torch and its libraries, front end, launcher and a rank
 RANK_RUNTIME_BYTES = 60 * MIB  # what each further rank does not share with these
@@ -50,16 +52,25 @@ GPU_ROW_TILE = 256  # tokens that a GPU computes in about the time that reading 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def choose_device(wanted: str, exactness: str, rank: int = 0, num_ranks: int = 1) -> None:
-    """Choose device and kernels for a rank's process, before it allocates anything. Raises StartupError."""
+def choose_device(config: EngineConfig, device: int = 0) -> None:
+    """Choose device and kernels for a rank's process, before it allocates anything.
+
+    device: of several GPUs, which; on a CPU it is only a name. Raises StartupError, DeviceError where it is not there.
+    """
+    wanted, exactness = config.device, config.exactness
     has_gpu = wanted != "cpu" and torch.cuda.is_available()
     if wanted == "cuda" and not has_gpu:
         cause = "sees no GPU" if torch.version.cuda or torch.version.hip else "is a build for CPUs alone"
-        raise StartupError(f"--device is cuda, but this torch ({torch.__version__}) {cause}")
-    if has_gpu and num_ranks > 1:
-        if num_ranks > (num_gpus := torch.cuda.device_count()):
-            raise StartupError(f"--tensor-parallel-size is {num_ranks}, but the GPUs that torch sees are {num_gpus}")
-        torch.cuda.set_device(rank)
+        raise DeviceError(f"--device is cuda, but this torch ({torch.__version__}) {cause}")
+    if is_dead(config.faults, device):
+        raise DeviceError(f"device {device} is declared dead")
+    if has_gpu:
+        if device >= (num_gpus := torch.cuda.device_count()):
+            raise DeviceError(f"GPU {device} is not there: torch sees {num_gpus}")
+        try:
+            torch.cuda.set_device(device)
+        except RuntimeError as error:
+            raise DeviceError(f"GPU {device} cannot be used: {str(error).splitlines()[0]}") from None
     if exactness == "fast" and not has_gpu:
         raise StartupError("--exactness is fast, which is for GPUs alone")
     try:
@@ -132,6 +143,28 @@ def plan_engine_memory(
     return plan
 
 
+def ladder(
+    model: ModelConfig, config: EngineConfig, max_model_len: int, dtype: torch.dtype, num_ranks: int
+) -> list[Rung]:
+    """Numbers of ranks that fit the memory that is there now, from `num_ranks` downwards.
+
+    Where the context does not fit, it is halved, up to three times.
+    """
+    rungs: list[Rung] = []
+    for count, halvings in product(range(num_ranks, 0, -1), range(4)):
+        rung = Rung(count, max_model_len >> halvings)
+        if any(other.num_ranks == count for other in rungs):
+            continue
+        try:
+            for rank in range(count):
+                shard = shard_model(model, rank, count, config.exactness == "ranks")
+                plan_engine_memory(model, config, rung.max_model_len, dtype, shard)
+        except (ConfigError, StartupError):
+            continue
+        rungs.append(rung)
+    return rungs
+
+
 def available_bytes() -> int:
     """Memory that this machine, or this container, can still give."""
     found = [int(line.split()[1]) * 1024 for line in _lines("/proc/meminfo") if line.startswith("MemAvailable")]
@@ -167,7 +200,7 @@ class Rank:
     def __init__(self, config: EngineConfig, place: Place) -> None:
         """Allocates nothing yet."""
         self._config, self._place = config, place
-        choose_device(config.device, config.exactness, place.rank, place.num_ranks)
+        choose_device(config, place.device)
         self.num_threads = max(1, len(os.sched_getaffinity(0)) // place.num_ranks)
         set_num_threads(self.num_threads)
         torch.set_grad_enabled(False)
@@ -276,6 +309,9 @@ class Engine:
         place = place or Place(num_ranks=1)
         rank = Rank(config, place)
         self._leader = Leader(place)
+        rungs = (
+            [] if place.epoch else ladder(rank.model_config, config, rank.max_model_len, rank.dtype, place.num_ranks)
+        )
         num_blocks = self._leader.agree(rank.plan.num_blocks)
         self.runner = rank.load(num_blocks)
         infos = [rank.info, *self._leader.wait_until_loaded()]
@@ -312,6 +348,7 @@ class Engine:
             kernels=backend.description(),
             num_threads=rank.num_threads,
             load_s=time.monotonic() - begin,
+            ladder=rungs,
         )
 
     @property

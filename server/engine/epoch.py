@@ -43,11 +43,14 @@ class Fault:
     text: str
     silent_s: float = 0.0
     detector: str = ""  # one of DETECTORS, where the engine computed wrongly
+    rank: int | None = None  # whose fault it is, where that is known
+    is_gone: bool = False  # since its device is not there
 
 
 # startup: it says that it cannot start; died: a process ended; failed: an exception; stalled: no progress;
-# unreadable: what it sends makes no sense; wrong: a known answer came out differently; corrupt: bits have changed
-REASONS = ("startup", "died", "failed", "stalled", "unreadable", "wrong", "corrupt")
+# unreadable: what it sends makes no sense; wrong: a known answer came out differently; corrupt: bits have changed;
+# regrown: nothing is wrong, but devices are back
+REASONS = ("startup", "died", "failed", "stalled", "unreadable", "wrong", "corrupt", "regrown")
 DETECTORS = ("weights", "kv", "ranks", "known_answer")  # of changed bits
 
 
@@ -80,6 +83,7 @@ class Epoch(asyncio.Protocol):
         self._buffer = FrameBuffer()
         self._transport: asyncio.Transport | None = None
         self._killed: asyncio.Task[None] | None = None
+        self._first_ended: int | None = None  # rank
         self._begin_s = self._looked_s = time.monotonic()
         self._since_s = self._begin_s  # from when on silence counts
         self._ran_s = self._begin_s  # when no process was stopped
@@ -118,17 +122,17 @@ class Epoch(asyncio.Protocol):
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(encode_frame(message))
 
-    def fail(self, reason: str, text: str) -> None:
+    def fail(self, reason: str, text: str, rank: int | None = None, is_gone: bool = False) -> None:
         """Ends the epoch, unless it has ended: whatever still comes of it is dropped."""
         if self.fault.done():
             return
         last_s = max(self._group.progress.read().at_s, self._begin_s)
         detector = "known_answer" if reason == "wrong" else ""
         if (finding := self._group.progress.finding()) is not None:  # whatever else came of it
-            reason, detector = "corrupt", finding.detector
-            rank = "some rank" if finding.rank is None else f"rank {finding.rank}"
-            text = f"{rank}, detector {detector}: {finding.text}"
-        self.fault.set_result(Fault(reason, text, time.monotonic() - last_s, detector))
+            reason, detector, rank = "corrupt", finding.detector, finding.rank
+            whose = "some rank" if rank is None else f"rank {rank}"
+            text = f"{whose}, detector {detector}: {finding.text}"
+        self.fault.set_result(Fault(reason, text, time.monotonic() - last_s, detector, rank, is_gone))
 
     async def close(self) -> None:
         """Has the engine end by itself, or else ends it. One that loads is not waited for."""
@@ -176,9 +180,12 @@ class Epoch(asyncio.Protocol):
                     case Ready(info):
                         if not self.ready.done():
                             self.ready.set_result(info)
-                    case Failed(text, startup):
+                    case Failed(text, startup, rank, is_gone):
                         self._hand_out(outputs)
-                        self.fail("startup" if startup else "failed", text)
+                        if startup:
+                            self.fail("startup", text, rank, is_gone)
+                        else:
+                            self.fail("failed", text, self._culprit(rank))
         except Exception as error:
             self._hand_out(outputs)
             log.exception("reading from the engine failed")
@@ -187,7 +194,7 @@ class Epoch(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The socket is closed: rank 0 has ended, or is to end."""
-        self.fail("died", f"the engine process ended{self._how()}")
+        self.fail("died", f"the engine process ended{self._how()}", self._culprit(0))
 
     def _hand_out(self, outputs: list[StepOutput]) -> None:
         if outputs and not self.fault.done():
@@ -197,7 +204,15 @@ class Epoch(asyncio.Protocol):
     def _on_end(self, pidfd: int) -> None:
         """A process has ended; if it is rank 0, the end of its socket comes with it, behind what it had to say."""
         self._loop.remove_reader(pidfd)
-        self._loop.call_later(LAST_WORDS_S, lambda: self.fail("died", f"an engine process ended{self._how()}"))
+        if self._first_ended is None:
+            self._first_ended = self._group.pidfds.index(pidfd)
+        self._loop.call_later(
+            LAST_WORDS_S, lambda: self.fail("died", f"an engine process ended{self._how()}", self._first_ended)
+        )
+
+    def _culprit(self, rank: int) -> int:
+        """Whose fault it is that a rank has failed: others fail when one has ended."""
+        return rank if self._first_ended is None else self._first_ended
 
     def _how(self) -> str:
         """Which ranks have ended, in words."""
@@ -220,9 +235,9 @@ class Epoch(asyncio.Protocol):
         silent_s = now - max(beat.at_s, self._since_s)
         patience = self._patience()
         if silent_s > patience * max(self._deadline_s, EXPECTED_FACTOR * beat.expected_s):
-            self.fail("stalled", f"the engine made no progress for {silent_s:.1f} s")
+            self.fail("stalled", f"the engine made no progress for {silent_s:.1f} s", next(iter(stopped), None))
         elif now - self._ran_s > patience * self._deadline_s:
-            self.fail("stalled", f"rank {', '.join(map(str, stopped))} is stopped")
+            self.fail("stalled", f"rank {', '.join(map(str, stopped))} is stopped", stopped[0])
 
 
 def _is_stopped(pid: int) -> bool:

@@ -1,11 +1,12 @@
-"""Faults on demand, for tests alone: files named KIND@PHASE:RANK, in a folder. Standard library.
+"""Faults on demand, for tests alone: files named KIND@PHASE:RANK or dead=DEVICE, in a folder. Standard library.
 
 OCTAVO_FAULTS names the folder, and is refused unless the server is started with --test-faults. A rank that comes to a
 phase takes the file away and does what it says, once. Kinds: kill, stop, segv, raise, slow (10 times as long, for
 NUM_SLOW steps), and flips of a bit in what the rank holds (`bit_flips.py`): flip-weights, flip-kv, and of the step that
 begins flip-activations and flip-logits. Phases: recovery (of an epoch but the first, before it loads), warm-up,
 prefill, decode, collective (while the model runs, where ranks wait for each other), sampling, plan (a rank but the
-first is sent one), which has kinds of its own: drop (it never comes) and change (what comes is another plan).
+first is sent one), which has kinds of its own: drop (it never comes) and change (what comes is another plan). A device
+is dead while there is a file that says so: no rank starts on it.
 """
 
 import os
@@ -22,6 +23,11 @@ PHASES = ("recovery", "warm-up", "prefill", "decode", "collective", "sampling", 
 NUM_SLOW = 20
 SLOWER = 10
 _SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "segv": signal.SIGSEGV}
+
+
+def is_dead(folder: str, device: int) -> bool:
+    """Whether a device is declared dead; none is where `folder` is empty."""
+    return bool(folder) and os.path.exists(os.path.join(folder, f"dead={device}"))
 
 
 class Faults:

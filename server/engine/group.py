@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 
 from octavo.server.config import EngineConfig
@@ -28,14 +29,17 @@ class Launcher:
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
 
-    def start(self, config: EngineConfig, epoch: int) -> "Group":
-        """Have the ranks of an epoch started, those of epochs before having ended. Does not wait for it."""
+    def start(self, config: EngineConfig, epoch: int, devices: Sequence[int]) -> "Group":
+        """Have the ranks of an epoch started, one on each device, those of epochs before having ended.
+
+        Does not wait for it.
+        """
         if self._process is None or self._process.poll() is not None:
             self._start_launcher()
         assert self._process is not None and self._socket is not None
         ours, theirs = socket.socketpair()
         progress = Progress()
-        request = json.dumps({"epoch": epoch, "config": config.to_json()}).encode()
+        request = json.dumps({"epoch": epoch, "config": config.to_json(), "devices": list(devices)}).encode()
         with suppress(OSError):  # it has just ended: so will be found out
             socket.send_fds(self._socket, [request], [theirs.fileno(), progress.fd])
         theirs.close()

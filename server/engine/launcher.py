@@ -60,8 +60,8 @@ def _launch(front_end: socket.socket, request: bytes, channel: socket.socket, pr
     channel: rank 0's to the front end; progress: the page on which ranks show themselves to it.
     """
     told = json.loads(request)
-    config, epoch = EngineConfig.from_json(told["config"]), told["epoch"]
-    num_ranks = config.tensor_parallel_size
+    config, epoch, devices = EngineConfig.from_json(told["config"]), told["epoch"], told["devices"]
+    num_ranks = len(devices)
     memory = os.memfd_create("octavo") if num_ranks > 1 else -1
     leaders, followers = [], []  # ends of the socket pairs that join rank 0 to the others
     for _ in range(1, num_ranks):
@@ -75,7 +75,8 @@ def _launch(front_end: socket.socket, request: bytes, channel: socket.socket, pr
             for one in (front_end, *([channel] if rank else []), *leaders, *followers):
                 if one not in channels:
                     one.close()
-            _be_rank(parent, config, Place(rank, num_ranks, epoch, memory, channels), channel, progress)
+            place = Place(rank, num_ranks, epoch, memory, channels, devices[rank])
+            _be_rank(parent, config, place, channel, progress)
         pids.append(pid)
     pidfds = []
     with suppress(OSError, AttributeError):  # an old kernel, or a Python built for one

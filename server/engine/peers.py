@@ -16,7 +16,6 @@ import msgspec
 from octavo.server.engine.channel import Failed, FrameBuffer, RankInfo
 from octavo.server.engine.faults import Faults
 from octavo.server.engine.plan import StepPlan
-from octavo.server.errors import StartupError
 
 VERSION = 1  # of the message that carries a plan
 DIGEST_BYTES = 16
@@ -57,6 +56,7 @@ class Place:
     epoch: int = 0
     memory: int = -1  # descriptor of memory that all ranks share
     channels: list[socket.socket] = field(default_factory=list)  # of rank 0, to each other rank; of others, to rank 0
+    device: int = 0  # the number of the rank's device
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -162,9 +162,9 @@ class Leader:
         try:
             message: Planned | Agreed | Loaded | Failed = _decode_message(self._channels[rank - 1].receive())
         except PeerError:
-            raise StartupError(f"rank {rank} ended while it started (its log says why)") from None
+            raise Failed(f"rank {rank} ended while it started (its log says why)", True, rank).error() from None
         if isinstance(message, Failed):
-            raise StartupError(f"rank {rank}: {message.message}")
+            raise msgspec.structs.replace(message, message=f"rank {rank}: {message.message}", rank=rank).error()
         return message
 
 
@@ -188,9 +188,9 @@ class Follower:
         """Tell rank 0 that this rank is ready."""
         self._channel.send(_encoder.encode(Loaded(info)))
 
-    def failed(self, message: str) -> None:
+    def failed(self, failed: Failed) -> None:
         """Tell rank 0 why this rank cannot start."""
-        self._channel.send(_encoder.encode(Failed(message, startup=True)))
+        self._channel.send(_encoder.encode(failed))
 
     def wait(self, timeout_s: float) -> bool:
         """Whether there is something to be received within so many seconds."""

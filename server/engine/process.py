@@ -19,7 +19,8 @@ from octavo.server.engine.channel import (
     decode_to_engine,
     encode_frame,
 )
-from octavo.server.engine.engine import Engine, Rank, faults_of
+from octavo.server.engine.devices import PROBE
+from octavo.server.engine.engine import Engine, Rank, choose_device, faults_of
 from octavo.server.engine.faults import Faults
 from octavo.server.engine.integrity import Corruption
 from octavo.server.engine.peers import Follower, PeerError, Place
@@ -78,6 +79,11 @@ def run_rank(config: EngineConfig, place: Place, channel: socket.socket, progres
 
     Returns the exit status: 0, or 1 where the rank could not start or failed.
     """
+    if place.epoch == PROBE:
+        with suppress(StartupError):
+            choose_device(config, place.device)
+            channel.send(b"1")
+        return 0
     if place.epoch:
         Faults(config.faults, place.rank).at("recovery")
     try:
@@ -103,9 +109,11 @@ def _lead(config: EngineConfig, place: Place, channel: socket.socket, progress: 
     except Exception as error:
         if not isinstance(error, StartupError):
             traceback.print_exc()
-        message = str(error) if isinstance(error, StartupError) else f"engine failed: {type(error).__name__}"
+            failed = Failed(f"engine failed: {type(error).__name__}", startup=not started)
+        else:
+            failed = Failed.to_start(error, error.rank)
         try:
-            channel.sendall(encode_frame(Failed(message, startup=not started)))
+            channel.sendall(encode_frame(failed))
         except OSError:
             pass
         return 1
@@ -122,7 +130,7 @@ def follow(config: EngineConfig, place: Place, progress: Progress) -> int:
         follower.loaded(rank.info)
     except StartupError as error:
         with suppress(PeerError):  # rank 0 may have met the same, and be gone
-            follower.failed(str(error))
+            follower.failed(Failed.to_start(error, place.rank))
         return 1
     except PeerError:  # rank 0 has given up, and said why
         return 1

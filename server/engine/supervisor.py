@@ -6,30 +6,37 @@ A fault ends an epoch. The journal takes nothing more of it, its processes are k
 a question whose answer is known; then the unfinished requests are given to it in the order of their arrival, each with
 the tokens that it has. A request that was in the step that failed, twice without a token between, is tried alone first.
 Where recovery does not succeed within its bounds the supervisor gives up.
+
+Where a device is lost the next epoch has fewer ranks, and more again once it is back: then the epoch is ended as by a
+fault, when no request runs, or when none has been found to be a good time for a while.
 """
 
 import asyncio
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any, Literal
 
 from octavo.server.config import SupervisorConfig
 from octavo.server.engine.channel import Abort, Add, EngineInfo, StepOutput, ToEngine
-from octavo.server.engine.epoch import Epoch, Fault
-from octavo.server.engine.group import Launcher
+from octavo.server.engine.devices import PROBE, WINDOW_S, Devices
+from octavo.server.engine.epoch import TICK_S, Epoch, Fault
+from octavo.server.engine.group import Group, Launcher
 from octavo.server.engine.journal import Entry, Journal
 from octavo.server.engine.known_answer import Answer, KnownAnswer
 from octavo.server.engine.progress import RankFigures
+from octavo.server.engine.request import GenerationRequest
 from octavo.server.errors import RequestError, StartupError
 
 log = logging.getLogger("octavo")
 
-WINDOW_S = 600.0  # in which faults are counted
+GROW_S = 60.0  # after which a device that is back is not kept waiting for a time when no request runs
+PROBE_S = 30.0  # for a device to show that it is there
 PAUSES_S = (0.0, 0.5, 1.0, 2.0, 4.0)  # before a start, by how many have failed in a row
 START_FACTOR, START_S = 4.0, 30.0  # a start may take this many times the first one's time, and this long at least
 SUSPICIOUS = 2  # faults in a row with which a request is tried alone
@@ -85,12 +92,25 @@ class Supervisor:
         self.state: EngineState = "starting"
         self._launcher = Launcher()
         self._epoch: Epoch | None = None
-        self._answer: Answer | None = None
+        self.devices = Devices(config.tensor_parallel_size, config.max_device_faults)
+        self._engine_config = config.engine()
+        self._answers: dict[tuple[int, int], Answer] = {}  # what the first engine of each kind has answered
         self._asked: tuple[KnownAnswer, asyncio.Future[None]] | None = None
         self._start_limit_s: float | None = None  # of the first start: none
         self._faults_s: deque[float] = deque(maxlen=config.max_faults + 1)  # when the latest were
         self._resuming: tuple[Recovery, float] | None = None  # requests go on since then, and none has a token yet
         self._task: asyncio.Task[None] | None = None
+
+    @property
+    def degraded(self) -> str:
+        """With how many ranks it goes on and why, in words; empty where it has all that were asked for."""
+        if not self.devices.is_degraded:
+            return ""
+        why = [
+            f"device {device} is {'back' if out.back_s is not None else out.reason}"
+            for device, out in sorted(self.devices.left_out.items())
+        ]
+        return f"{len(self.devices.used)} of {self._config.tensor_parallel_size} ranks: {', '.join(why)}"
 
     @property
     def pids(self) -> list[int]:
@@ -110,6 +130,9 @@ class Supervisor:
             text = fault.text if fault.reason == "startup" else f"{fault.text} while it started (its log says why)"
             raise StartupError(text)
         self._start_limit_s = max(START_S, START_FACTOR * (time.monotonic() - begin_s))
+        self.devices.ladder = self.info.ladder
+        device = "cpu" if self.info.device == "cpu" else "cuda"  # and never another: it would have other bits
+        self._engine_config = replace(self._engine_config, device=device)
         self.state = "ok"
         self._task = asyncio.create_task(self._supervise())
 
@@ -140,16 +163,13 @@ class Supervisor:
         text = "its supervisor failed"
         try:
             while True:
-                interval_s = self._config.canary_interval or None
-                await asyncio.wait((self._epoch.fault,), timeout=interval_s)
-                if not self._epoch.fault.done():
-                    await self._check()
-                    continue
+                fault = await self._watch()
                 async with asyncio.timeout(self._config.max_recovery_time):
-                    recovery = await self._recover(self._epoch.fault.result())
+                    recovery = await self._recover(fault)
                 if recovery is None:
                     text = f"{len(self._faults_s)} faults within {WINDOW_S / 60:.0f} minutes"
                     break
+                self._refuse_too_long()
                 await self._try_suspects()
                 self._resume(recovery)
         except TimeoutError:
@@ -161,66 +181,141 @@ class Supervisor:
         self.on_dead(f"the engine is given up: {text}")
         await self._epoch.kill()
 
+    async def _watch(self) -> Fault:
+        """Waits for the current epoch's fault. Meanwhile asks what is known, and looks after devices left out."""
+        assert self._epoch is not None
+        epoch, interval_s = self._epoch, self._config.canary_interval or math.inf
+        next_s = time.monotonic() + interval_s
+        while not epoch.fault.done():
+            wait_s = min(next_s - time.monotonic(), TICK_S if self.devices.is_degraded else math.inf)
+            await asyncio.wait((epoch.fault,), timeout=None if wait_s == math.inf else max(wait_s, 0.0))
+            if time.monotonic() >= next_s:
+                await self._check()
+                next_s = time.monotonic() + interval_s
+            elif self.devices.is_degraded:
+                await self._look_for_devices()
+        return epoch.fault.result()
+
+    async def _look_for_devices(self) -> None:
+        """Looks whether devices are back, and ends the epoch where there can be more ranks and it is time for it."""
+        assert self._epoch is not None
+        for device in self.devices.to_look_for(time.monotonic()):
+            if not self._epoch.fault.done() and await self._is_there(device):
+                log.warning("device %d is back", device)
+                self.devices.is_back(device, time.monotonic())
+        runs = any(entry.open_choices for entry in self._journal.entries.values())
+        if self.devices.can_grow and not (runs and self.devices.back_for_s(time.monotonic()) < GROW_S):
+            self._epoch.fail("regrown", "devices are back: the engine is started again with more ranks")
+
+    async def _is_there(self, device: int) -> bool:
+        """Whether a process can be started on a device that is not in use."""
+        assert self._epoch is not None
+        try:
+            group = self._launcher.start(self._engine_config, PROBE, [device])
+        except OSError:
+            return False
+        probe = asyncio.create_task(asyncio.to_thread(_shows_itself, group))
+        await asyncio.wait((probe, self._epoch.fault), timeout=PROBE_S, return_when=asyncio.FIRST_COMPLETED)
+        group.kill()
+        return await probe
+
     async def _recover(self, fault: Fault) -> Recovery | None:
         """The next epoch, which has proved itself, after as many attempts as it takes. None: there were too many."""
         recovery = Recovery(fault, sum(bool(entry.open_choices) for entry in self._journal.entries.values()))
         recovery.seconds["detect"] = fault.silent_s
         self.state, self._resuming = "recovering", None
         for attempt in count():
+            num_left_out = len(self.devices.left_out)
             with recovery.timed("kill"):
                 if await self._bury(fault):
                     return None
             with recovery.timed("start"):
-                await asyncio.sleep(PAUSES_S[min(attempt, len(PAUSES_S) - 1)])
+                if len(self.devices.left_out) == num_left_out:  # else it is another attempt
+                    await asyncio.sleep(PAUSES_S[min(attempt, len(PAUSES_S) - 1)])
                 failed = await self._start_epoch()
             with recovery.timed("check"):
                 failed = failed or await self._check()
             if failed is None:
                 break
             fault = failed
+        if self.devices.is_degraded:
+            log.warning("the engine goes on with %s", self.degraded)
         return recovery
 
     async def _bury(self, fault: Fault) -> bool:
         """Takes nothing more from the current epoch and ends its processes. True: there were too many faults."""
         assert self._epoch is not None
-        log.error("%s", fault.text)
+        is_planned, now_s = fault.reason == "regrown", time.monotonic()
+        log.log(logging.WARNING if is_planned else logging.ERROR, "%s", fault.text)
         self._journal.epoch += 1
         if fault.reason in ("died", "failed", "stalled"):
-            for request_id in self._epoch.running:
+            for request_id in set(self._epoch.running):  # where each of its choices may be named
                 if (entry := self._journal.entries.get(request_id)) is not None:
                     entry.num_faults += 1
         self.on_fault()
-        self._faults_s.append(time.monotonic())
+        if fault.rank is not None and (text := self.devices.fault(fault.rank, fault.is_gone, now_s)):
+            log.error("%s: it is left out", text)
         await self._epoch.kill()
+        if is_planned:
+            return False
+        self._faults_s.append(now_s)
         return len(self._faults_s) > self._config.max_faults and self._faults_s[-1] - self._faults_s[0] < WINDOW_S
 
     async def _start_epoch(self) -> Fault | None:
         """Starts an epoch with the number that the journal expects, and waits until it has loaded."""
+        rung = self.devices.choose()
+        config = replace(self._engine_config, tensor_parallel_size=rung.num_ranks)
+        if rung.max_model_len:
+            config = replace(config, max_model_len=rung.max_model_len)
+        limit_s = self._start_limit_s and self._start_limit_s * self.devices.ladder[0].num_ranks / rung.num_ranks
         try:
-            group = self._launcher.start(self._config.engine(), self._journal.epoch)
+            group = self._launcher.start(config, self._journal.epoch, self.devices.used)
         except OSError as error:
             return Fault("startup", f"the engine's processes cannot be started: {error.strerror}")
         self._epoch = epoch = Epoch(group, self._config.step_deadline, self._patience, self._take)
-        await asyncio.wait((epoch.ready, epoch.fault), timeout=self._start_limit_s, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((epoch.ready, epoch.fault), timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
         if not epoch.ready.done():
-            epoch.fail("stalled", f"the engine did not load within {self._start_limit_s or 0:.0f} s")
+            epoch.fail("stalled", f"the engine did not load within {limit_s or 0:.0f} s")
             return epoch.fault.result()
         self.info = epoch.ready.result()
         return None
 
     async def _check(self) -> Fault | None:
-        """Asks the current engine what is known; the first one is believed."""
+        """Asks the current engine what is known; the first one is believed.
+
+        So is the first with each number of ranks, unless bits do not depend on that.
+        """
         assert self._epoch is not None
         known, answered = KnownAnswer(self.info), asyncio.get_running_loop().create_future()
         self._asked = known, answered
         self._epoch.send(known.add)
         await asyncio.wait((answered, self._epoch.fault), return_when=asyncio.FIRST_COMPLETED)
         self._asked = None
-        if answered.done() and (self._answer is None or self._config.exactness == "fast"):
-            self._answer = known.answer  # fast promises no bits
-        elif answered.done() and known.answer != self._answer:
+        kind = (0 if self._config.exactness == "ranks" else len(self.info.ranks)), self.info.max_model_len
+        if answered.done() and (kind not in self._answers or self._config.exactness == "fast"):
+            self._answers[kind] = known.answer  # fast promises no bits
+        elif answered.done() and known.answer != self._answers[kind]:
             self._epoch.fail("wrong", "the engine computes wrongly: another answer than the known one")
         return self._epoch.fault.result() if self._epoch.fault.done() else None
+
+    def _refuse_too_long(self) -> None:
+        """Gives up requests that the current engine's context cannot hold."""
+        for entry in list(self._journal.entries.values()):
+            if entry.open_choices and (error := self.too_long(entry.request)):
+                entry.open_choices.clear()
+                self.on_refused(entry.request.request_id, error)
+
+    def too_long(self, request: GenerationRequest) -> RequestError | None:
+        """Why a valid request cannot be run by the current engine, if it cannot: fewer ranks may have less memory."""
+        num_tokens = len(request.prompt_token_ids) + request.params.max_tokens
+        if num_tokens <= self.info.max_model_len:
+            return None
+        return RequestError(
+            f"The engine has lost devices and goes on with {len(self.info.ranks)} ranks, which hold "
+            f"{self.info.max_model_len} tokens of context; this request may need {num_tokens}.",
+            code="engine_degraded",
+            status=503,
+        )
 
     async def _try_suspects(self) -> None:
         """Runs each request under suspicion alone until it has a token more. One that ends the epoch is refused."""
@@ -237,6 +332,8 @@ class Supervisor:
                     entry.open_choices.clear()
                     text = "The engine failed each time that it ran this request, the last time alone."
                     self.on_refused(name, RequestError(text, code="engine_failure", status=500))
+                    if (rank := self._epoch.fault.result().rank) is not None:
+                        self.devices.forgive(rank)
                 return
             for index in entry.open_choices:
                 self._epoch.send(Abort(name, index))
@@ -276,3 +373,16 @@ class Supervisor:
         parts: Any = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in recovery.seconds.items())
         log.warning("recovered; %d requests go on. Seconds: %s", recovery.num_requests, parts)
         self.on_recovered(recovery)
+
+
+def _shows_itself(group: Group) -> bool:
+    """Whether a probe says that its device is there. Waits for that, or for its end."""
+    try:
+        group.wait_until_started()
+        return bool(group.channel.recv(1))
+    except (OSError, StartupError):
+        return False
+    finally:
+        group.kill()
+        group.wait(PROBE_S)
+        group.channel.close()

@@ -176,6 +176,15 @@ async def test_a_body_that_does_not_come_is_not_waited_for(tmp_path: Path, monke
         error_of(response)
 
 
+async def test_health_says_that_devices_are_lost(tmp_path: Path) -> None:
+    async with serving(tmp_path) as server:
+        server.engine.degraded = "1 of 2 ranks: device 1 is gone"
+        health = await server.http.get("/health")
+        assert (health.status_code, (await server.http.get("/readyz")).status_code) == (200, 200)
+        reason = server.engine.degraded
+        assert health.json() == {"status": "ok", "degraded": True, "ranks": 1, "reason": reason}
+
+
 async def test_a_full_server_refuses_at_once_and_recovers(tmp_path: Path) -> None:
     async with serving(tmp_path, max_num_seqs=2, max_num_queued_reqs=1) as server:
         server.engine.go.clear()

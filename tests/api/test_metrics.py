@@ -120,6 +120,15 @@ async def test_engine_statistics(tmp_path: Path) -> None:
         assert (await scrape(server))["octavo:generation_tokens_total", ()] == 9
 
 
+async def test_devices_that_are_left_out(tmp_path: Path) -> None:
+    async with serving(tmp_path) as server:
+        for left_out, counts in (([], (0, 0)), (["gone", "gone", "failing"], (2, 1))):
+            server.engine.left_out = left_out
+            samples = await scrape(server)
+            assert samples["octavo:ranks", ()] == 1
+            assert tuple(samples["octavo:degraded", (("reason", r),)] for r in ("gone", "failing")) == counts
+
+
 async def test_recoveries(tmp_path: Path) -> None:
     async with serving(tmp_path) as server:
         recovery = Recovery(Fault("died", "the engine process ended", 0.1), 3)

@@ -9,10 +9,12 @@ import torch
 from octavo.kernels import backend
 from octavo.models.config import ModelConfig, read_config
 from octavo.models.memory import kv_block_bytes, state_bytes, weight_bytes, workspace_bytes
+from octavo.models.shard import shard_model
 from octavo.server.config import EngineConfig
 from octavo.server.engine import engine
-from octavo.server.engine.engine import choose_device, choose_dtype, plan_engine_memory
-from octavo.server.errors import StartupError
+from octavo.server.engine.devices import Rung
+from octavo.server.engine.engine import choose_device, choose_dtype, ladder, plan_engine_memory
+from octavo.server.errors import DeviceError, StartupError
 
 BF16 = torch.bfloat16
 
@@ -40,13 +42,15 @@ def test_auto_takes_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.delenv("OCTAVO_KERNELS", raising=False)
     for has_gpu in (False, True):
         monkeypatch.setattr(torch.cuda, "is_available", lambda has_gpu=has_gpu: has_gpu)
-        choose_device("auto", "batch")
-        choose_device("cpu", "batch")
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+        choose_device(EngineConfig(device="auto", exactness="batch"))
+        choose_device(EngineConfig(device="cpu", exactness="batch"))
     assert selected == [("triton", "cuda", True)]
-    choose_device("cuda", "fast")
+    choose_device(EngineConfig(device="cuda", exactness="fast"))
     assert selected[1:] == [("triton", "cuda", False)]
     with pytest.raises(StartupError, match="--exactness is fast, which is for GPUs alone"):
-        choose_device("cpu", "fast")
+        choose_device(EngineConfig(device="cpu", exactness="fast"))
 
 
 @pytest.mark.parametrize(
@@ -60,7 +64,7 @@ def test_a_gpu_that_is_not_there(
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.version, "hip", hip)
     with pytest.raises(StartupError, match=rf"--device is cuda, but this torch \(.*\) {cause}"):
-        choose_device("cuda", "batch")
+        choose_device(EngineConfig(device="cuda", exactness="batch"))
 
 
 @pytest.mark.parametrize("lacks", ["gpu_without_gpu", "numpy"])
@@ -75,10 +79,10 @@ def test_what_executes_gpu_kernels_cannot_be_imported(lacks: str, monkeypatch: p
     monkeypatch.setenv("OCTAVO_KERNELS", "triton")
     if lacks == "gpu_without_gpu":
         with pytest.raises(StartupError, match="put the folder tests/ of the repository on PYTHONPATH"):
-            choose_device("cpu", "batch")
+            choose_device(EngineConfig(device="cpu", exactness="batch"))
     else:
         with pytest.raises(ModuleNotFoundError, match="numpy"):
-            choose_device("cpu", "batch")
+            choose_device(EngineConfig(device="cpu", exactness="batch"))
 
 
 def test_ranks_have_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,17 +91,26 @@ def test_ranks_have_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(backend, "select", lambda *_, **__: None)
-    choose_device("auto", "batch", rank=1, num_ranks=2)
+    choose_device(EngineConfig(device="auto"), 1)
     assert chosen == [1]
-    with pytest.raises(StartupError, match="--tensor-parallel-size is 3, but the GPUs that torch sees are 2"):
-        choose_device("auto", "batch", rank=0, num_ranks=3)
+    with pytest.raises(DeviceError, match="GPU 2 is not there: torch sees 2"):
+        choose_device(EngineConfig(device="auto"), 2)
+
+    def refuse(device: int) -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure\nfor debugging")
+
+    monkeypatch.setattr(torch.cuda, "set_device", refuse)
+    with pytest.raises(DeviceError, match="GPU 1 cannot be used: CUDA error: unspecified launch failure$"):
+        choose_device(EngineConfig(device="auto"), 1)
 
 
 def test_kernels_for_a_cpu_are_not_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setenv("OCTAVO_KERNELS", "torch")
     with pytest.raises(StartupError, match="OCTAVO_KERNELS is 'torch', but on cuda the kernels are Triton's"):
-        choose_device("auto", "batch")
+        choose_device(EngineConfig(device="auto", exactness="batch"))
 
 
 @pytest.mark.parametrize(
@@ -173,3 +186,24 @@ def test_a_cpu_gets_half_a_gibibyte_of_kv_cache(model: ModelConfig, monkeypatch:
     monkeypatch.setattr(engine, "available_bytes", lambda: plan.total_bytes - 1)
     with pytest.raises(StartupError, match="lower --kv-cache-memory-bytes, or lower --max-model-len or --max-n"):
         plan_engine_memory(model, EngineConfig(), 512, BF16)
+
+
+def test_the_ladder_is_what_the_memory_allows(tiny_checkpoint: Callable[[str], Path], gpu: list[int]) -> None:
+    model = read_config(tiny_checkpoint("smollm2"))
+    most = 1 << 18
+
+    def needed(num_ranks: int, length: int) -> int:
+        gpu[:] = [80 * 10**9, 80 * 10**9]
+        shards = [shard_model(model, rank, num_ranks, False) for rank in range(num_ranks)]
+        config = EngineConfig(kv_cache_memory_bytes=1)  # as little as there can be
+        return max(plan_engine_memory(model, config, length, BF16, shard).total_bytes for shard in shards)
+
+    def rungs(total: int, exactness: str = "batch") -> list[Rung]:
+        gpu[:] = [total, total]
+        return ladder(model, EngineConfig(gpu_memory_utilization=1.0, exactness=exactness), most, BF16, 4)
+
+    assert rungs(80 * 10**9) == [Rung(4, most), Rung(3, most), Rung(2, most), Rung(1, most)]
+    assert rungs(80 * 10**9, "ranks") == [Rung(4, most), Rung(2, most), Rung(1, most)]
+    assert rungs(needed(2, most)) == [Rung(4, most), Rung(3, most), Rung(2, most), Rung(1, most // 2)]
+    assert rungs(needed(2, most) - 1)[-2:] == [Rung(2, most // 2), Rung(1, most // 2)]
+    assert rungs(needed(1, most // 8) - 1)[-1].num_ranks == 2

@@ -32,7 +32,7 @@ def config(tiny_checkpoint: Callable[[str], Path]) -> EngineConfig:
 
 @pytest.fixture
 def group(launcher: Launcher, config: EngineConfig) -> Iterator[Group]:
-    group = launcher.start(config, epoch=3)
+    group = launcher.start(config, 3, range(3))
     group.wait_until_started()
     yield group
     group.kill()
@@ -72,12 +72,12 @@ def test_ranks_end_with_the_channel(group: Group) -> None:
 
 def test_ranks_end_with_the_launcher(config: EngineConfig) -> None:
     launcher = Launcher()
-    group = launcher.start(config, 0)
+    group = launcher.start(config, 0, range(3))
     group.wait_until_started()
     ready(group)
     launcher.close()
     assert group.wait(1.0)
-    again = launcher.start(config, 1)  # by another launcher
+    again = launcher.start(config, 1, range(3))  # by another launcher
     again.wait_until_started()
     assert again.ended() == []
     launcher.close()
@@ -88,7 +88,7 @@ def test_ranks_end_with_the_launcher(config: EngineConfig) -> None:
 
 def test_a_group_may_be_killed_before_it_is_there(config: EngineConfig) -> None:
     launcher = Launcher()
-    group = launcher.start(replace(config, model="/nowhere"), 0)
+    group = launcher.start(replace(config, model="/nowhere"), 0, range(3))
     group.kill()
     with pytest.raises(StartupError, match="launcher"):
         group.wait_until_started()

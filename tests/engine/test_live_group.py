@@ -81,6 +81,7 @@ def client(
         kv_cache_memory_bytes=4 << 20,
         step_deadline=0.5,
         max_faults=100,
+        max_device_faults=100,
         faults=str(faults),
     )
     client = EngineClient(config)

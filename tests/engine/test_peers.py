@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from octavo.server.engine.channel import RankInfo
+from octavo.server.engine.channel import Failed, RankInfo
 from octavo.server.engine.peers import (
     HEADER_BYTES,
     Follower,
@@ -20,7 +20,7 @@ from octavo.server.engine.peers import (
 )
 from octavo.server.engine.plan import NewChoice, StepPlan
 from octavo.server.engine.request import SamplingParams
-from octavo.server.errors import StartupError
+from octavo.server.errors import DeviceError, StartupError
 
 INFO = RankInfo(1, 2, 3, 4, 5, 6.0)
 
@@ -99,9 +99,10 @@ def test_a_plan_that_is_missing_or_of_another_epoch(wrong: StepPlan, group: tupl
 def test_who_cannot_start_says_why(group: tuple[Leader, list[Follower]]) -> None:
     leader, followers = group
     followers[0].loaded(INFO)
-    followers[1].failed("too little memory")
-    with pytest.raises(StartupError, match="rank 2: too little memory"):
+    followers[1].failed(Failed.to_start(DeviceError("it is lost"), 2))
+    with pytest.raises(DeviceError, match="rank 2: it is lost") as error:
         leader.wait_until_loaded()
+    assert error.value.rank == 2
 
 
 def test_who_is_gone() -> None:

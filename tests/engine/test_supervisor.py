@@ -1,18 +1,22 @@
 """What becomes of requests when an engine is lost: they go on in order, with nothing lost, repeated or taken of it."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 from api_fakes import eventually
 from engine_fakes import ENDLESS_S, INFO, Caller, FakeGroup, Groups, connected, groups, request
 
 from octavo.server.config import SupervisorConfig
-from octavo.server.engine import supervisor
-from octavo.server.engine.channel import Abort, Add, EngineStats, Failed, Ready, StepOutput
+from octavo.server.engine import devices, supervisor
+from octavo.server.engine.channel import Abort, Add, EngineInfo, EngineStats, Failed, Ready, StepOutput, ToEngine
 from octavo.server.engine.client import EngineClient
+from octavo.server.engine.devices import PROBE, Rung
 from octavo.server.engine.epoch import TICK_S
 from octavo.server.engine.progress import Finding
-from octavo.server.engine.request import Delta, FinishReason, GenerationRequest
+from octavo.server.engine.request import Delta, FinishReason, GenerationRequest, SamplingParams
 from octavo.server.engine.supervisor import Recovery
 from octavo.server.errors import EngineError, RequestError, StartupError
 
@@ -34,6 +38,11 @@ def begun(client: EngineClient, *requests: GenerationRequest) -> list[Caller]:
 def runs(group: FakeGroup, *names: str) -> None:
     """The engine says that it is about to execute a step with these requests."""
     group.progress.beat(0.0, names)
+
+
+async def gets(group: FakeGroup, *messages: ToEngine) -> None:
+    """The engine is sent these messages."""
+    await eventually(lambda: group.has_received(*messages))
 
 
 async def replaced(group: FakeGroup, groups: Groups, how: str = "died") -> FakeGroup:
@@ -126,10 +135,10 @@ async def test_what_a_rank_has_found_is_the_fault(how: str, groups: Groups, capl
         for number in range(1, 4):  # more often than a request is taken for the cause
             (a,) = begun(client, request(f"a{number}"))
             runs(groups[-1], a.request.request_id)
-            groups[-1].progress.report(Finding(number, "weights", "layers[0].norm.weight has changed"))
+            groups[-1].progress.report(Finding(0, "weights", f"layers[{number}].norm.weight has changed"))
             await replaced(groups[-1], groups, how)
             await eventually(lambda: client.state == "ok")
-            assert f"rank {number}, detector weights: layers[0].norm.weight has changed" in caplog.text
+            assert f"rank 0, detector weights: layers[{number}].norm.weight has changed" in caplog.text
             client.end(a.request.request_id)
         groups[-1].step()
         (b,) = begun(client, request("b"))
@@ -229,6 +238,14 @@ async def test_a_suspect_that_gets_on_is_cleared(groups: Groups) -> None:
         await eventually(lambda: a.token_ids == [5, 7, 8])
 
 
+async def test_a_request_with_several_choices_is_under_no_more_suspicion(groups: Groups) -> None:
+    async with connected(groups) as (client, first):
+        a, b = begun(client, request("a", n=2), request("b"))
+        runs(first, "a", "a", "b")
+        second = await replaced(first, groups)
+        await gets(second, Add(a.request, {0: [], 1: []}), Add(b.request, {0: []}))
+
+
 async def test_a_suspect_may_leave(groups: Groups) -> None:
     async with connected(groups) as (client, first):
         (a,) = begun(client, request("a"))
@@ -250,6 +267,140 @@ async def test_a_request_in_no_step_is_under_no_suspicion(groups: Groups) -> Non
             group = await replaced(group, groups)
             await eventually(lambda: client.state == "ok")
         assert not a.errors
+
+
+# Devices that are lost
+
+
+def info_of(num_ranks: int, max_model_len: int = INFO.max_model_len) -> EngineInfo:
+    rungs = [Rung(count, INFO.max_model_len if count > 1 else 64) for count in (4, 3, 2, 1)]
+    return replace(INFO, ranks=INFO.ranks * num_ranks, max_model_len=max_model_len, ladder=rungs)
+
+
+@asynccontextmanager
+async def on_devices(groups: Groups, **config: float | str) -> AsyncIterator[tuple[EngineClient, FakeGroup]]:
+    """A client whose four ranks run."""
+    context = connected(groups, info_of(4), tensor_parallel_size=4, **config)
+    async with context as (client, first):
+        assert first.devices == [0, 1, 2, 3] and not client.degraded
+        yield client, first
+
+
+def gone(rank: int) -> Failed:
+    return Failed(f"rank {rank}: lost", startup=True, rank=rank, is_gone=True)
+
+
+async def test_the_engine_goes_on_without_a_device(groups: Groups) -> None:
+    async with on_devices(groups) as (client, first):
+        (a,) = begun(client, request("a"))
+        first.step(Delta("a", 0, 0, [5]))
+        first.die()
+        (second := await groups.next()).send(gone(1))
+        third = await groups.next()
+        assert (second.devices, third.devices) == ([0, 1, 2, 3], [0, 2, 3])
+        assert third.config.tensor_parallel_size == 3 and third.config.device == "cpu"
+        third.send(gone(2))
+        fourth = await groups.next()
+        assert fourth.devices == [0, 2]
+        await fourth.prove(-2.0, info_of(2))  # with another number of ranks the answer may be another
+        await eventually(lambda: fourth.has_received(Add(a.request, {0: [5]})))
+        assert client.degraded == "2 of 4 ranks: device 1 is gone, device 3 is gone"
+        assert client.left_out == ["gone", "gone"]
+        fourth.die()
+        fifth = await groups.next()
+        await fifth.prove(-2.25, info_of(2))  # but not with the same
+        sixth = await groups.next()
+        await sixth.prove(-2.0, info_of(2))
+        await eventually(lambda: client.state == "ok")
+
+
+async def test_bits_that_do_not_depend_on_ranks_are_checked(groups: Groups) -> None:
+    async with on_devices(groups, exactness="ranks") as (client, first):
+        first.die()
+        (await groups.next()).send(gone(3))
+        await (await groups.next()).prove(-2.0, info_of(3))
+        fourth = await groups.next()
+        await fourth.prove(-1.0, info_of(3))
+        await eventually(lambda: client.state == "ok")
+
+
+async def test_a_rank_that_fails_again_and_again(groups: Groups) -> None:
+    async with on_devices(groups, max_device_faults=1) as (client, first):
+        first.die()  # rank 0, as its socket shows
+        (await groups.next()).send(Failed("rank 2: too little memory", startup=True, rank=2))
+        third = await groups.next()
+        assert third.devices == [0, 1, 2, 3]
+        third.die()
+        fourth = await groups.next()
+        assert fourth.devices == [1, 2, 3]
+        await fourth.prove(info=info_of(3))
+        await eventually(lambda: client.degraded == "3 of 4 ranks: device 0 is failing")
+
+
+async def test_a_request_is_blamed_and_not_the_device(groups: Groups) -> None:
+    async with on_devices(groups, max_device_faults=2) as (client, group):
+        (bad,) = begun(client, request("bad"))
+        for num_faults in (1, 2, 3):
+            runs(group, "bad")
+            group.die()
+            group = await groups.next()
+            assert len(group.devices) == 4
+            await group.prove(info=info_of(4))
+            if num_faults < 3:
+                await gets(group, Add(bad.request, {0: []}))
+        await eventually(lambda: client.state == "ok" and len(bad.errors) == 1)
+
+
+async def test_requests_that_fewer_ranks_cannot_hold(groups: Groups) -> None:
+    async with on_devices(groups) as (client, first):
+        a, long = begun(client, request("a"), GenerationRequest("long", [1] * 60, SamplingParams(max_tokens=5)))
+        group = first
+        for _ in range(3):
+            group.die()
+            (group := await groups.next()).send(gone(0))
+            group = await groups.next()
+            if len(group.devices) > 1:
+                await group.prove(info=info_of(len(group.devices)))
+                await eventually(lambda: client.state == "ok")
+        assert group.config.max_model_len == 64
+        await group.prove(info=info_of(1, 64))
+        await eventually(lambda: group.has_received(Add(a.request, {0: []})))
+        (error,) = long.errors
+        assert isinstance(error, RequestError) and error.status == 503 and not a.errors
+        assert "goes on with 1 ranks, which hold 64 tokens of context; this request may need 65" in error.message
+        with pytest.raises(RequestError, match="may need 65"):
+            begun(client, GenerationRequest("longer", [1] * 60, SamplingParams(max_tokens=5)))
+
+
+@pytest.mark.parametrize("busy", [False, True])
+async def test_a_device_that_is_back_is_used_again(busy: bool, groups: Groups, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "LOOK_S", 0.0)
+    async with on_devices(groups, max_faults=2) as (client, first):
+        (a,) = begun(client, request("a"))
+        first.die()
+        (await groups.next()).send(gone(3))
+        third = await groups.next()
+        await third.prove(info=info_of(3))
+        await eventually(lambda: third.has_received(Add(a.request, {0: []})))
+        (await groups.next()).deny()
+        probe = await groups.next()
+        assert (probe.devices, probe.epoch) == ([3], PROBE)
+        probe.show_itself()
+        await eventually(lambda: client.degraded == "3 of 4 ranks: device 3 is back")
+        num_groups = len(groups)
+        third.step(Delta("a", 0, 0, [5]))
+        await asyncio.sleep(2 * TICK_S)
+        assert len(groups) == num_groups and client.state == "ok"  # not while a request runs
+        if busy:
+            monkeypatch.setattr(supervisor, "GROW_S", 0.0)
+        else:
+            client.end("a")
+        fifth = await groups.next()
+        assert third.is_killed and fifth.devices == [0, 1, 2, 3] and fifth.config.tensor_parallel_size == 4
+        await fifth.prove(info=info_of(4))
+        await eventually(lambda: client.state == "ok" and not client.degraded)
+        if busy:
+            await eventually(lambda: fifth.has_received(Add(a.request, {0: [5]})))
 
 
 # Its bounds
