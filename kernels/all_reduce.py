@@ -9,7 +9,7 @@ from torch import Tensor
 from octavo.kernels import reference
 from octavo.kernels.backend import kernels
 from octavo.kernels.checks import check, compute_dtypes
-from octavo.kernels.cpu.library import Args, address, launch
+from octavo.kernels.cpu.library import Args, address, call, launch
 from octavo.kernels.ranks import DistributedRanks, NativeRanks, Ranks, SharedMemoryRanks
 
 ALIGNMENT = 16  # elements: ranks' slices begin where wide loads may
@@ -62,6 +62,15 @@ def all_reduce(
         check(bias, "bias", (width,), torch.float32)
     if residual is not None:
         check(residual, "residual", (rows, width), out.dtype)
+    if isinstance(ranks, DistributedRanks):
+
+        def exchange(num_rows: int) -> None:
+            added = None if residual is None else residual[:num_rows]
+            with ranks.counted():
+                _all_reduce_distributed(parts[:, :num_rows], out[:num_rows], ranks.group, bias, added)
+
+        call(exchange, rows)
+        return out
     if kernels() == "native":
         native, parts_offset, sums_offset = NativeRanks(regions=parts.data_ptr(), num_ranks=1), 0, 0
         if isinstance(ranks, SharedMemoryRanks):
@@ -85,8 +94,6 @@ def all_reduce(
         )
         launch("octavo_all_reduce", args)
         return out
-    if isinstance(ranks, DistributedRanks):
-        return _all_reduce_distributed(parts, out, ranks.group, bias, residual)
     added = None if residual is None else residual.view(-1)
     _sum(parts.flatten(1), out.view(-1), 0, width, bias, added)
     return out
@@ -94,7 +101,7 @@ def all_reduce(
 
 def _all_reduce_distributed(
     parts: Tensor, out: Tensor, group: dist.ProcessGroup, bias: Tensor | None, residual: Tensor | None
-) -> Tensor:
+) -> None:
     num_ranks, rows_width = group.size(), out.numel()
     size = -(-rows_width // (num_ranks * ALIGNMENT)) * ALIGNMENT
     begin, end = (min(i * size, rows_width) for i in (group.rank(), group.rank() + 1))
@@ -107,7 +114,7 @@ def _all_reduce_distributed(
     added = None if residual is None else residual.view(-1)[begin:end]
     _sum(received[:, : end - begin], part[: end - begin], begin, out.shape[1], bias, added)
     dist.all_gather_single(whole.view(torch.uint8).view(-1), part.clone().view(torch.uint8), group=group)
-    return out.copy_(whole.view(-1)[:rows_width].view_as(out))
+    out.copy_(whole.view(-1)[:rows_width].view_as(out))
 
 
 def _sum(

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from octavo.kernels.backend import device, kernels
-from octavo.kernels.cpu.library import library, record
+from octavo.kernels.cpu.library import address_of, library, raise_errors, record
 
 
 class _Call(ctypes.Structure):
@@ -26,14 +26,9 @@ class Program:
     def __init__(self, function: Callable[..., object], *largest: int) -> None:
         self._function = function
         if kernels() == "native":
-            lib = library()
-            assert lib is not None
             self._recorded = record(lambda: function(*largest))  # keeps the arguments alive
             self._calls = (_Call * len(self._recorded))(
-                *(
-                    _Call(ctypes.cast(lib[op], ctypes.c_void_p).value, ctypes.addressof(args))
-                    for op, args in self._recorded
-                )
+                *(_Call(address_of(op, args), ctypes.addressof(args)) for op, args in self._recorded)
             )
 
     def run(self, num_rows: int, *rest: int) -> None:
@@ -44,6 +39,7 @@ class Program:
         lib = library()
         assert lib is not None
         lib.octavo_run_program(self._calls, ctypes.c_int64(len(self._calls)), ctypes.c_int64(num_rows))
+        raise_errors()
 
 
 def graph_sizes(largest: int) -> list[int]:

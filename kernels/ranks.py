@@ -1,10 +1,15 @@
 """The processes that compute one model together, as the ops see them: where they meet, and what moves between them."""
 
 import ctypes
+import fcntl
 import math
 import mmap
 import os
-from collections.abc import Sequence
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,6 +20,7 @@ from octavo.kernels.cpu.library import Args, launch
 
 ALIGNMENT = 64  # bytes between buffers
 HEADER_BYTES = 4096  # at the beginning of shared memory; also what regions are multiples of
+SIOCGIFADDR = 0x8915  # asks Linux for an interface's IPv4 address
 SPINS = 2000  # looks at a barrier before sleeping, where each rank has a core: about what ranks are apart in a step
 
 
@@ -161,15 +167,29 @@ class DistributedRanks(Ranks):
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__(group.rank(), group.size())
-        self.group = group
+        self.group, self._collective_s = group, 0.0
 
     @classmethod
-    def meet(cls, rank: int, num_ranks: int, memory: int) -> "DistributedRanks":
-        """Meet the other processes of this machine over memory that all share, on loopback alone."""
-        os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = "lo"
-        store = dist.FileStore(  # type: ignore[attr-defined]
-            f"/proc/self/fd/{memory}", num_ranks
-        )
+    def meet(
+        cls, rank: int, num_ranks: int, memory: int, meeting_point: tuple[str, int] | None, listener: int | None
+    ) -> "DistributedRanks":
+        """Meet the other processes: those of one machine over memory that all share, and on loopback alone.
+
+        meeting_point: where ranks of several machines meet: host and port; listener: on rank 0, the descriptor of a
+        socket that listens there. They use the network that leads there, unless the environment names another.
+        """
+        if meeting_point is None:
+            os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = "lo"
+            store: Any = dist.FileStore(  # type: ignore[attr-defined]
+                f"/proc/self/fd/{memory}", num_ranks
+            )
+        else:
+            if interface := interface_towards(*meeting_point):
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+                os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
+            store = dist.TCPStore(  # type: ignore[attr-defined]
+                *meeting_point, num_ranks, rank == 0, wait_for_workers=False, master_listen_fd=listener
+            )
         dist.init_process_group(
             "nccl" if device().type == "cuda" else "gloo", store=store, rank=rank, world_size=num_ranks
         )
@@ -178,6 +198,11 @@ class DistributedRanks(Ranks):
 
     def gather(self, columns: Tensor, widths: Sequence[int], out: Tensor) -> Tensor:
         """See `Ranks`."""
+        with self.counted():
+            self._gather(columns, widths, out)
+        return out
+
+    def _gather(self, columns: Tensor, widths: Sequence[int], out: Tensor) -> None:
         rows, widest = columns.shape[0], max(widths)
         padded = torch.zeros((rows, widest), dtype=columns.dtype, device=columns.device)
         padded[:, : columns.shape[1]] = columns
@@ -185,14 +210,41 @@ class DistributedRanks(Ranks):
         dist.gather(padded, parts, group=self.group, group_dst=0)
         if parts is not None:
             torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], dim=1, out=out)
-        return out
 
     def of_all(self, values: Tensor) -> Tensor:
         """See `Ranks`."""
         parts = [torch.empty_like(values) for _ in range(self.num_ranks)] if self.rank == 0 else None
-        dist.gather(values, parts, group=self.group, group_dst=0)
+        with self.counted():
+            dist.gather(values, parts, group=self.group, group_dst=0)
         return torch.stack(parts or [values]).cpu()
 
     def broadcast(self, values: Tensor) -> None:
         """See `Ranks`."""
-        dist.broadcast(values, group=self.group, group_src=0)
+        with self.counted():
+            dist.broadcast(values, group=self.group, group_src=0)
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Around a collective. Those of a GPU are only launched here, so their time is not known."""
+        begin_s = time.perf_counter()
+        yield
+        if device().type == "cpu":
+            self._collective_s += time.perf_counter() - begin_s
+
+    @property
+    def collective_s(self) -> float:
+        """See `Ranks`; 0.0 on a GPU."""
+        return self._collective_s
+
+
+def interface_towards(host: str, port: int) -> str | None:
+    """Name of the network interface by which a host is reached; None where that cannot be found out."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+        probe.connect((host, port))  # sends nothing
+        own = socket.inet_aton(probe.getsockname()[0])
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):  # it has no address
+                request = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, name.encode().ljust(40, b"\0"))
+                if request[20:24] == own:
+                    return name
+    return None

@@ -39,6 +39,9 @@ RANGES: dict[str, tuple[float, float]] = {
     "max_faults": (0, 10**6),
     "max_device_faults": (0, 10**6),
     "canary_interval": (0, 86400),
+    "nnodes": (1, 8),
+    "node_rank": (0, 7),
+    "master_port": (1, 65535),
     "port": (0, 65535),
     "seed": (0, 2**64 - 1),
     "max_num_queued_reqs": (0, inf),
@@ -48,6 +51,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "temperature": (0, 2),
     "max_tokens": (1, inf),
 }
+MACHINES = {"nnodes": "WORLD_SIZE", "node_rank": "RANK", "master_addr": "MASTER_ADDR", "master_port": "MASTER_PORT"}
 _NUMBER = re.compile(r"(-?[0-9]{1,20}(?:\.[0-9]{1,20})?)([kKmMgGtT]?)")
 _METRICS_PREFIX = re.compile(r"[a-zA-Z_:][a-zA-Z0-9_:]*")
 
@@ -272,7 +276,31 @@ def _serve(args: argparse.Namespace) -> int:
         given["faults"] = faults
     if "api_key" in given:
         given["api_key"] = tuple(given["api_key"])
+    given = _machines(given)
     return run(ServerConfig(model=str(resolve_model(getattr(args, "model", None))), **given))
+
+
+def _machines(given: dict[str, Any]) -> dict[str, Any]:
+    """The flags with what the environment says of a group of several machines. Raises StartupError."""
+    types = {flag.field: flag.type for flag in serve_flags()}
+    found: dict[str, Any] = {}
+    for field, variable in MACHINES.items():
+        if text := os.environ.get(variable):
+            try:
+                found[field] = _checked(field, types[field])(text)
+            except argparse.ArgumentTypeError as error:
+                raise StartupError(f"{variable}: {error}") from None
+        if (found | given).get("nnodes", 1) == 1:  # whatever else the environment says
+            return given
+    found |= given
+    nnodes, node_rank, num_ranks = found["nnodes"], found.get("node_rank", 0), found.get("tensor_parallel_size", 1)
+    if node_rank >= nnodes:
+        raise StartupError(f"--node-rank is {node_rank}, but --nnodes {nnodes}: they are numbered from 0")
+    if num_ranks < nnodes:
+        raise StartupError(f"--tensor-parallel-size is {num_ranks}, but --nnodes {nnodes}: each needs a rank")
+    if (text := os.environ.get("LOCAL_WORLD_SIZE", "1")) != "1":
+        raise StartupError(f"LOCAL_WORLD_SIZE is {text}, but one octavo serve starts all ranks of a machine")
+    return found
 
 
 def _pull(args: argparse.Namespace) -> int:

@@ -106,6 +106,11 @@ class SupervisorConfig(EngineConfig):
         300.0, "seconds after which an engine is asked again what the first one has answered; 0: never"
     )
 
+    nnodes: int = flag(1, "machines that the ranks are on, in order and as evenly as can be; or WORLD_SIZE")
+    node_rank: int = flag(0, "number of this machine: 0 serves, others only compute; or RANK")
+    master_addr: str = flag("127.0.0.1", "address by which other machines reach number 0; or MASTER_ADDR")
+    master_port: int = flag(29500, "port for it; or MASTER_PORT")
+
     def engine(self) -> EngineConfig:
         """The part that the engine process gets."""
         return EngineConfig(**{f.name: getattr(self, f.name) for f in fields(EngineConfig)})

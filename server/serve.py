@@ -30,6 +30,7 @@ from octavo.server.api.stream import BODY
 from octavo.server.config import GIB, ServerConfig
 from octavo.server.engine.channel import EngineStats
 from octavo.server.engine.client import EngineClient
+from octavo.server.engine.node import run_node
 from octavo.server.engine.progress import RankFigures
 from octavo.server.errors import StartupError
 from octavo.server.local_model import load_tokenizer
@@ -137,12 +138,16 @@ class HttpProtocol(HttpToolsProtocol):
 
 
 def run(config: ServerConfig) -> int:
-    """Serves until SIGTERM or SIGINT. `config.model` is a local folder or a GGUF file.
+    """Serves until SIGTERM or SIGINT; or, on a machine but the first of several, computes until that one ends.
+
+    `config.model` is a local folder or a GGUF file.
 
     Returns the exit status: 0 if every request that was accepted was also finished, 1 if some were cut, GIVEN_UP where
     no engine could be had any more. Raises StartupError.
     """
     _log_to_stderr(config.log_level)
+    if config.node_rank:
+        return run_node(config)
     config = replace(config, api_key=load_keys(config))
     tokenizer = load_tokenizer(Path(config.model), config.chat_template)
     # Nothing loaded so far is ever garbage: keep the collector from walking it.

@@ -25,6 +25,7 @@ from octavo.server.engine.channel import (
     encode_frame,
 )
 from octavo.server.engine.client import EngineClient
+from octavo.server.engine.nodes import Link
 from octavo.server.engine.progress import Progress
 from octavo.server.engine.request import Delta, FinishReason, GenerationRequest, SamplingParams, TokenLogprobs
 from octavo.server.errors import OctavoError
@@ -44,6 +45,7 @@ class FakeGroup:
         self.progress.beat(ENDLESS_S)  # it takes as long as the test takes
         self.pids: list[int] = []
         self.pidfds: list[int] = []
+        self.links: dict[int, Link] = {}
         self.is_killed = False
         self._buffer = FrameBuffer()
         self.received: list[ToEngine] = []

@@ -25,7 +25,7 @@ PURE = frozenset(
 ASKING = frozenset(
     f"octavo.server.engine.{name}"
     for name in (
-        *("client", "supervisor", "epoch", "group", "progress", "devices"),
+        *("client", "supervisor", "epoch", "group", "nodes", "progress", "devices"),
         *("known_answer", "channel", "journal", "request"),
     )
 )
@@ -47,14 +47,24 @@ RULES: list[tuple[str, frozenset[str], frozenset[str] | None]] = [
     ("octavo.server.engine.journal", ASKING | SHARED, HTTP | MODEL),
     ("octavo.server.engine.progress", frozenset(), None),
     ("octavo.server.engine.faults", frozenset(), None),
-    ("octavo.server.engine.group", SHARED | {"octavo.server.engine.progress"}, HTTP | MODEL | {"asyncio"}),
+    (
+        "octavo.server.engine.nodes",
+        SHARED | {"octavo.server.engine.progress"},
+        HTTP | MODEL | {"asyncio"},
+    ),
+    ("octavo.server.engine.node", SHARED | ASKING, HTTP | MODEL | {"asyncio"}),
+    (
+        "octavo.server.engine.group",
+        SHARED | {"octavo.server.engine.nodes", "octavo.server.engine.progress"},
+        HTTP | MODEL | {"asyncio"},
+    ),
     ("octavo.server.engine.known_answer", ASKING, HTTP | MODEL | {"asyncio"}),
     ("octavo.server.engine.epoch", ASKING | SHARED, HTTP | MODEL),
     ("octavo.server.engine.supervisor", ASKING | SHARED, HTTP | MODEL),
     ("octavo.server.engine.client", ASKING | SHARED, HTTP | MODEL),
     (
         "octavo.server.engine",  # what runs in the engine process
-        SHARED | {"octavo.server.engine", "octavo.models", "octavo.kernels"},
+        SHARED | {"octavo.server.engine", "octavo.models", "octavo.kernels", "octavo.__version__"},
         HTTP | {"transformers"},
     ),
     ("octavo.server.text", SHARED | {"octavo.server.text", "octavo.server.engine.request"}, HTTP | MODEL),

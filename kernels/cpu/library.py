@@ -7,6 +7,7 @@ import platform
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -81,9 +82,21 @@ class _Recording(threading.local):
     """What is recorded in this thread."""
 
     ops: list[tuple[str, Args]] | None = None
+    errors: tuple[BaseException, ...] = ()  # of Python among the ops, since a program began
 
 
 _recording = _Recording()
+PYTHON = "python"  # in place of an op's name
+
+
+class PythonArgs(Args):
+    """Of Python among native ops. `function` is what is called, with the address of this."""
+
+    _fields_ = [("rows", ctypes.c_int64)]
+    function: Any
+
+
+_function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 def launch(op: str, args: Args) -> None:
@@ -94,6 +107,43 @@ def launch(op: str, args: Args) -> None:
         getattr(lib, op)(ctypes.byref(args))
     else:
         _recording.ops.append((op, args))
+
+
+def call(function: Callable[[int], object], num_rows: int) -> None:
+    """Call `function` with the number of rows in its place among native ops, as `launch` launches one.
+
+    What it raises in a program is raised at the program's end; nothing is called in between.
+    """
+    if _recording.ops is None:
+        function(num_rows)
+        return
+    args = PythonArgs(num_rows)
+
+    def run(_: int) -> None:
+        if not _recording.errors:
+            try:
+                function(args.rows)
+            except BaseException as error:
+                _recording.errors = (error,)
+
+    args.function = _function(run)
+    _recording.ops.append((PYTHON, args))
+
+
+def raise_errors() -> None:
+    """To be called at a program's end."""
+    if errors := _recording.errors:
+        _recording.errors = ()
+        raise errors[0]
+
+
+def address_of(op: str, args: Args) -> int:
+    """Where the code of a recorded op begins."""
+    lib = library()
+    assert lib is not None
+    found = ctypes.cast(args.function if isinstance(args, PythonArgs) else lib[op], ctypes.c_void_p).value
+    assert found is not None
+    return found
 
 
 def record(function: Callable[[], object]) -> list[tuple[str, Args]]:

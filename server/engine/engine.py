@@ -4,7 +4,9 @@ Used by the ranks' processes, and directly by benchmarks and tests.
 """
 
 import errno
+import hashlib
 import os
+import socket
 import time
 from collections.abc import Callable
 from itertools import product
@@ -13,6 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from octavo import __version__
 from octavo.kernels import backend
 from octavo.kernels.cpu.library import library, multiplies_bf16, set_num_threads
 from octavo.kernels.ranks import DistributedRanks, Ranks, SharedMemoryRanks
@@ -100,14 +103,20 @@ def choose_dtype(wanted: str, of_checkpoint: str) -> torch.dtype:
 
 
 def plan_engine_memory(
-    model: ModelConfig, config: EngineConfig, max_model_len: int, dtype: torch.dtype, shard: Shard | None = None
+    model: ModelConfig,
+    config: EngineConfig,
+    max_model_len: int,
+    dtype: torch.dtype,
+    shard: Shard | None = None,
+    place: Place | None = None,
 ) -> MemoryPlan:
     """What a rank is to allocate, never fewer KV blocks than one request of full length needs.
 
-    shard: by default all of the model. On a CPU ranks have equal parts of what there is. Raises StartupError where that
-    does not fit what is there.
+    shard: by default all of the model; place: by default all ranks are on this machine. On a CPU ranks have equal parts
+    of what there is. Raises StartupError where that does not fit what is there.
     """
     shard = shard or Shard()
+    place = place or Place(shard.rank, shard.num_ranks)
     local = shard.local(model)
     kv_bytes, utilization = config.kv_cache_memory_bytes, config.gpu_memory_utilization
     reserve = GPU_RUNTIME_BYTES
@@ -121,8 +130,8 @@ def plan_engine_memory(
             )
     else:
         kv_bytes = (kv_bytes or DEFAULT_KV_BYTES) // shard.num_ranks
-        limit = available_bytes() // shard.num_ranks
-        reserve = RUNTIME_BYTES // shard.num_ranks + (RANK_RUNTIME_BYTES if shard.rank else 0)
+        limit = available_bytes() // place.num_local_ranks
+        reserve = RUNTIME_BYTES // place.num_local_ranks + (RANK_RUNTIME_BYTES if place.local_rank else 0)
     state = state_bytes(model, config.max_num_seqs, max_model_len, config.block_size)
     plan = plan_memory(
         weight_bytes=weight_bytes(model, dtype, shard),
@@ -201,7 +210,7 @@ class Rank:
         """Allocates nothing yet."""
         self._config, self._place = config, place
         choose_device(config, place.device)
-        self.num_threads = max(1, len(os.sched_getaffinity(0)) // place.num_ranks)
+        self.num_threads = max(1, len(os.sched_getaffinity(0)) // place.num_local_ranks)
         set_num_threads(self.num_threads)
         torch.set_grad_enabled(False)
         self.folder = Path(config.model)
@@ -224,14 +233,27 @@ class Rank:
         except ConfigError as error:
             raise StartupError(f"--tensor-parallel-size is {place.num_ranks}: {error}") from None
         self.dtype = choose_dtype(config.dtype, self.model_config.dtype)
-        self.plan = plan_engine_memory(self.model_config, config, self.max_model_len, self.dtype, self.shard)
+        self.plan = plan_engine_memory(self.model_config, config, self.max_model_len, self.dtype, self.shard, place)
 
-    def load(self, num_blocks: int) -> Runner:
-        """Allocate what was planned, but for so many KV blocks, and read the weights."""
+    @property
+    def fingerprint(self) -> str:
+        """Of version, model and checkpoint, which ranks of several machines must have in common."""
+        tensors = sorted((name, info.shape, info.dtype) for name, info in self._checkpoint.tensors.items())
+        digest = hashlib.sha256(repr((__version__, self.model_config.architecture, tensors)).encode())
+        digest.update(self._checkpoint.read("model.norm.weight").float().numpy().tobytes())  # those of kin differ here
+        return digest.hexdigest()
+
+    def load(
+        self, num_blocks: int, meeting_point: tuple[str, int] | None = None, listener: socket.socket | None = None
+    ) -> Runner:
+        """Allocate what was planned, but for so many KV blocks, and read the weights.
+
+        meeting_point, listener: as `DistributedRanks.meet` has them.
+        """
         begin = time.monotonic()
         config, place, model_config = self._config, self._place, self.model_config
         try:
-            ranks = self._meet()
+            ranks = self._meet(meeting_point, listener)
             model = Llama(model_config, self.dtype, self.max_model_len, self.shard)
             # disable=None: no bar where standard error is not a terminal.
             hidden = True if place.rank else None
@@ -266,15 +288,16 @@ class Rank:
         )
         return runner
 
-    def _meet(self) -> Ranks:
+    def _meet(self, meeting_point: tuple[str, int] | None, listener: socket.socket | None) -> Ranks:
         """How this rank and the others reach each other."""
         place = self._place
         if place.num_ranks == 1:
             return Ranks()
-        if backend.kernels() == "native":
+        if backend.kernels() == "native" and meeting_point is None:
             size = shared_bytes(self.model_config, self._config.max_num_batched_tokens, self.dtype, self.shard)
             return SharedMemoryRanks(place.rank, place.num_ranks, place.memory, size)
-        return DistributedRanks.meet(place.rank, place.num_ranks, place.memory)
+        descriptor = None if listener is None else listener.detach()
+        return DistributedRanks.meet(place.rank, place.num_ranks, place.memory, meeting_point, descriptor)
 
 
 def faults_of(config: EngineConfig, rank: int, runner: Runner) -> Faults:
@@ -306,14 +329,18 @@ class Engine:
     def __init__(self, config: EngineConfig, place: Place | None = None) -> None:
         """place: by default this process is the only rank."""
         begin = time.monotonic()
-        place = place or Place(num_ranks=1)
+        place = place or Place()
         rank = Rank(config, place)
         self._leader = Leader(place)
-        rungs = (
-            [] if place.epoch else ladder(rank.model_config, config, rank.max_model_len, rank.dtype, place.num_ranks)
-        )
-        num_blocks = self._leader.agree(rank.plan.num_blocks)
-        self.runner = rank.load(num_blocks)
+        rungs: list[Rung] = []
+        if place.address:  # the memory of other machines is not known here
+            rungs = [Rung(place.num_ranks, rank.max_model_len)]
+        elif not place.epoch:
+            rungs = ladder(rank.model_config, config, rank.max_model_len, rank.dtype, place.num_ranks)
+        listener = socket.create_server((place.address, 0)) if place.address else None
+        meeting_point = None if listener is None else (place.address, listener.getsockname()[1])
+        num_blocks = self._leader.agree(rank.plan.num_blocks, rank.fingerprint, meeting_point)
+        self.runner = rank.load(num_blocks, meeting_point, listener)
         infos = [rank.info, *self._leader.wait_until_loaded()]
         faults = faults_of(config, place.rank, self.runner)
         faults.at("warm-up")

@@ -23,6 +23,7 @@ from octavo.server.engine.channel import (
     encode_frame,
 )
 from octavo.server.engine.group import Group
+from octavo.server.engine.nodes import SILENT_S, Link
 from octavo.server.engine.progress import RankFigures
 from octavo.server.errors import StartupError
 
@@ -100,6 +101,8 @@ class Epoch(asyncio.Protocol):
             return
         for pidfd in self._group.pidfds:
             self._loop.add_reader(pidfd, self._on_end, pidfd)
+        for node, link in self._group.links.items():
+            self._loop.add_reader(link.socket.fileno(), self._on_word, node, link)
         self._transport, _ = await self._loop.create_connection(lambda: self, sock=self._group.channel)
 
     @property
@@ -162,6 +165,8 @@ class Epoch(asyncio.Protocol):
         self._timer.cancel()
         for pidfd in self._group.pidfds:
             self._loop.remove_reader(pidfd)
+        for link in self._group.links.values():
+            self._loop.remove_reader(link.socket.fileno())
         if self._transport is not None:
             self._transport.abort()
         elif self._connecting.done():
@@ -214,6 +219,14 @@ class Epoch(asyncio.Protocol):
         """Whose fault it is that a rank has failed: others fail when one has ended."""
         return rank if self._first_ended is None else self._first_ended
 
+    def _on_word(self, node: int, link: Link) -> None:
+        """Another machine has something to say."""
+        wrong = self._group.hear(node)
+        if link.is_lost:
+            self._loop.remove_reader(link.socket.fileno())
+        if wrong:
+            self._loop.call_later(LAST_WORDS_S, lambda: self.fail("died", wrong))
+
     def _how(self) -> str:
         """Which ranks have ended, in words."""
         ended = self._group.ended()
@@ -229,6 +242,9 @@ class Epoch(asyncio.Protocol):
         stopped = [rank for rank, pid in enumerate(self._group.pids) if _is_stopped(pid)]
         if not stopped:
             self._ran_s = now
+        for node, link in self._group.links.items():
+            if (silent_s := now - max(link.heard_s, self._since_s)) > SILENT_S:
+                self.fail("stalled", f"node {node} has been silent for {silent_s:.1f} s")
         if not self._deadline_s:
             return
         beat = self._group.progress.read()

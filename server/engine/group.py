@@ -8,11 +8,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from octavo.server.config import EngineConfig
-from octavo.server.engine.progress import MAX_RANKS, Progress
+from octavo.server.config import EngineConfig, SupervisorConfig
+from octavo.server.engine.nodes import BEAT_S, SILENT_S, Link, Nodes, ranks_of
+from octavo.server.engine.progress import MAX_RANKS, Finding, Progress, RankFigures
 from octavo.server.errors import StartupError
 
 MAX_ANSWER_BYTES = 1 << 12
@@ -28,25 +29,75 @@ class Launcher:
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
+        self._nodes: Nodes | None = None
+
+    def listen(self, config: SupervisorConfig) -> None:
+        """Be the head of several machines. Raises StartupError where it cannot be."""
+        self._nodes = Nodes(config)
+
+    def join(self, timeout_s: float) -> list[int]:
+        """Wait for other machines; those that are missing when the time is over."""
+        return self._nodes.join(timeout_s) if self._nodes is not None else []
 
     def start(self, config: EngineConfig, epoch: int, devices: Sequence[int]) -> "Group":
         """Have the ranks of an epoch started, one on each device, those of epochs before having ended.
 
         Does not wait for it.
         """
+        nodes, num_ranks = self._nodes, len(devices)
+        if nodes is None:
+            return self.start_some(config, epoch, devices, range(num_ranks), num_ranks, lambda: [])
+        ranks = ranks_of(0, nodes.num_nodes, num_ranks)
+        return self.start_some(config, epoch, ranks, ranks, num_ranks, lambda: nodes.start(config, epoch), nodes)
+
+    def start_some(
+        self,
+        config: EngineConfig,
+        epoch: int,
+        devices: Sequence[int],
+        ranks: range,
+        num_ranks: int,
+        connect: Callable[[], list[socket.socket]],
+        nodes: Nodes | None = None,
+        address: str = "",
+    ) -> "Group":
+        """Have this machine's ranks, of `num_ranks`, of an epoch started, one on each device.
+
+        connect: gives the connections to ranks of other machines, in their order; or those of these ranks to rank 0,
+        which is another machine's. It is called at once, or with `nodes` when the group is waited for. address: this
+        machine's, towards others.
+        """
         if self._process is None or self._process.poll() is not None:
             self._start_launcher()
-        assert self._process is not None and self._socket is not None
+        process, answers = self._process, self._socket
+        assert process is not None and answers is not None
         ours, theirs = socket.socketpair()
         progress = Progress()
-        request = json.dumps({"epoch": epoch, "config": config.to_json(), "devices": list(devices)}).encode()
-        with suppress(OSError):  # it has just ended: so will be found out
-            socket.send_fds(self._socket, [request], [theirs.fileno(), progress.fd])
-        theirs.close()
-        return Group(ours, progress, self._process, self._socket, epoch)
+
+        def ask() -> None:
+            channels = connect()
+            told = {"epoch": epoch, "config": config.to_json(), "devices": list(devices), "num_ranks": num_ranks}
+            told |= {"first_rank": ranks.start, "address": nodes.address() if nodes is not None else address}
+            descriptors = [theirs.fileno(), progress.fd, *(channel.fileno() for channel in channels)]
+            with suppress(OSError):  # it has just ended: so will be found out
+                socket.send_fds(answers, [json.dumps(told).encode()], descriptors)
+            for channel in (theirs, *channels):
+                channel.close()
+
+        group = Group(ours, progress, process, answers, epoch, num_ranks, nodes)
+        if nodes is None:
+            ask()
+        else:
+            group.ask = ask
+        return group
 
     def close(self) -> None:
-        """End the launcher, and all ranks with it."""
+        """End the launcher, and all ranks with it, those of other machines too."""
+        self._end_launcher()
+        if self._nodes is not None:
+            self._nodes.close()
+
+    def _end_launcher(self) -> None:
         if self._process is not None and self._socket is not None:
             self._socket.close()
             self._process.kill()
@@ -54,7 +105,7 @@ class Launcher:
             self._process = self._socket = None
 
     def _start_launcher(self) -> None:
-        self.close()
+        self._end_launcher()
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         command = [sys.executable, "-m", "octavo.server.engine.launcher", str(theirs.fileno()), str(os.getpid())]
         # numpy's BLAS, of which nothing is used, starts threads when it is loaded; what has threads must not fork.
@@ -80,6 +131,8 @@ class Group:
 
     pids: list[int]  # by rank; empty before they are started
     pidfds: list[int]  # by rank: readable once it has ended; empty where the kernel has none; closed by `wait`
+    links: dict[int, Link]  # to other machines, by node, until its ranks have ended
+    ask: Callable[[], None] | None = None  # what is to be done first when the group is waited for
 
     def __init__(
         self,
@@ -88,15 +141,22 @@ class Group:
         launcher: "subprocess.Popen[bytes]",
         answers: socket.socket,
         epoch: int,
+        num_ranks: int,
+        nodes: Nodes | None = None,
     ) -> None:
         self.channel, self.progress, self.pids, self.pidfds = channel, progress, [], []
         self._launcher, self._answers, self._epoch = launcher, answers, epoch
+        self.links, self._num_ranks = dict(nodes.links) if nodes is not None else {}, num_ranks
+        self._num_nodes = nodes.num_nodes if nodes is not None else 1
+        self._told = False  # other machines, to kill their ranks
 
     def wait_until_started(self) -> None:
         """Returns when the processes are there, which takes as long as importing torch the first time.
 
-        Raises StartupError where the launcher ends instead.
+        Raises StartupError where the launcher ends instead, or another machine's ranks do not come.
         """
+        if self.ask is not None:
+            self.ask()
         while not self.pids:
             try:
                 data, descriptors, _, _ = socket.recv_fds(self._answers, MAX_ANSWER_BYTES, MAX_RANKS)
@@ -120,6 +180,7 @@ class Group:
 
     def kill(self) -> None:
         """Have all processes end at once, stopped and stuck ones too. Does not wait for it."""
+        self._tell()
         if not self.pids:
             self._launcher.kill()  # which they die with
         for rank, pid in enumerate(self.pids):
@@ -132,17 +193,51 @@ class Group:
     def wait(self, timeout_s: float) -> bool:
         """Wait until all processes have ended. False: one has not within `timeout_s`."""
         deadline_s = time.monotonic() + timeout_s
-        while len(ended := self.ended()) < len(self.pids):
+        self._tell()
+        while len(ended := self.ended()) < len(self.pids) or self.links:
             left_s = max(0.0, deadline_s - time.monotonic())
             if left_s == 0.0:
                 return False
             running = [pidfd for rank, pidfd in enumerate(self.pidfds) if rank not in ended]
-            select.select(running, [], [], left_s if running else min(left_s, POLL_S))
+            nodes = {link.socket.fileno(): node for node, link in self.links.items()}
+            polls = len(ended) < len(self.pids) and not running
+            readable = select.select([*running, *nodes], [], [], min(left_s, POLL_S if polls else BEAT_S))[0]
+            for node in [nodes[each] for each in readable if each in nodes]:
+                self.hear(node)
+            for node, link in list(self.links.items()):
+                if link.is_lost or time.monotonic() - link.heard_s > SILENT_S:  # its ranks end without the head
+                    link.is_lost = True
+                    del self.links[node]
         for pidfd in self.pidfds:
             os.close(pidfd)
         self.pidfds = []
         self.progress.close()
         return True
+
+    def hear(self, node: int) -> str:
+        """Take what a machine has to say. Returns what is wrong with it, in words, or nothing."""
+        link, wrong = self.links[node], ""
+        for message in link.receive():
+            if message.get("killed") == self._epoch:
+                del self.links[node]
+                return ""
+            if message.get("epoch") != self._epoch:
+                continue
+            ranks = ranks_of(node, self._num_nodes, self._num_ranks)
+            for rank, figures in zip(ranks, message["figures"], strict=True):
+                self.progress.put(rank, RankFigures(*figures))
+            if message["finding"] is not None:
+                self.progress.report(Finding(*message["finding"]))
+            if message["ended"]:
+                wrong = f"an engine process ended (rank {', '.join(map(str, message['ended']))})"
+        return f"node {node} is gone" if link.is_lost else wrong
+
+    def _tell(self) -> None:
+        """Have other machines kill their ranks."""
+        if not self._told:
+            self._told = True
+            for link in self.links.values():
+                link.send({"kill": self._epoch})
 
 
 def _runs(pid: int) -> bool:

@@ -19,7 +19,7 @@ from typing import NoReturn
 from octavo.server.config import EngineConfig
 from octavo.server.engine.peers import Place
 from octavo.server.engine.process import run_rank
-from octavo.server.engine.progress import Progress
+from octavo.server.engine.progress import MAX_RANKS, Progress
 
 MAX_REQUEST_BYTES = 1 << 16
 PR_SET_PDEATHSIG = 1
@@ -40,11 +40,12 @@ def main() -> int:
     gc.collect()
     gc.freeze()
     while True:
-        request, descriptors, _, _ = socket.recv_fds(front_end, MAX_REQUEST_BYTES, 2)
+        request, descriptors, _, _ = socket.recv_fds(front_end, MAX_REQUEST_BYTES, 2 + MAX_RANKS)
         if not request:
             return 0
         _reap()
-        _launch(front_end, request, socket.socket(fileno=descriptors[0]), Progress(descriptors[1]))
+        channel, *others = (socket.socket(fileno=each) for each in (descriptors[0], *descriptors[2:]))
+        _launch(front_end, request, channel, Progress(descriptors[1]), others)
 
 
 def _reap() -> None:
@@ -54,28 +55,35 @@ def _reap() -> None:
             pass
 
 
-def _launch(front_end: socket.socket, request: bytes, channel: socket.socket, progress: Progress) -> None:
+def _launch(
+    front_end: socket.socket, request: bytes, channel: socket.socket, progress: Progress, others: list[socket.socket]
+) -> None:
     """Fork the ranks that `request` describes; tell the front end who they are.
 
-    channel: rank 0's to the front end; progress: the page on which ranks show themselves to it.
+    channel: rank 0's to the front end; progress: the page on which ranks show themselves to it; others: rank 0's
+    connections to ranks of other machines, or those of the ranks here to rank 0, where that is another machine's.
     """
     told = json.loads(request)
     config, epoch, devices = EngineConfig.from_json(told["config"]), told["epoch"], told["devices"]
-    num_ranks = len(devices)
+    num_ranks, address = told["num_ranks"], told["address"]
+    ranks = range(told["first_rank"], told["first_rank"] + len(devices))
     memory = os.memfd_create("octavo") if num_ranks > 1 else -1
-    leaders, followers = [], []  # ends of the socket pairs that join rank 0 to the others
-    for _ in range(1, num_ranks):
-        ours, theirs = socket.socketpair()
-        leaders.append(ours)
-        followers.append(theirs)
+    channels: dict[int, list[socket.socket]] = {}  # of each rank here, to rank 0; of that, to each other rank
+    if 0 in ranks:
+        pairs = [socket.socketpair() for _ in ranks[1:]]
+        channels[0] = [*(ours for ours, _ in pairs), *others]
+        channels |= {rank: [theirs] for rank, (_, theirs) in zip(ranks[1:], pairs, strict=True)}
+    else:
+        channels |= {rank: [other] for rank, other in zip(ranks, others, strict=True)}
+    joints = [one for of_rank in channels.values() for one in of_rank]
     parent, pids = os.getpid(), []
-    for rank in range(num_ranks):
+    for local_rank, rank in enumerate(ranks):
         if (pid := os.fork()) == 0:
-            channels = [followers[rank - 1]] if rank else leaders
-            for one in (front_end, *([channel] if rank else []), *leaders, *followers):
-                if one not in channels:
+            for one in (front_end, *([channel] if rank else []), *joints):
+                if one not in channels[rank]:
                     one.close()
-            place = Place(rank, num_ranks, epoch, memory, channels, devices[rank])
+            local = local_rank, len(ranks)
+            place = Place(rank, num_ranks, epoch, memory, channels[rank], devices[local_rank], local, address)
             _be_rank(parent, config, place, channel, progress)
         pids.append(pid)
     pidfds = []
@@ -85,7 +93,7 @@ def _launch(front_end: socket.socket, request: bytes, channel: socket.socket, pr
     for descriptor in [*pidfds, *([memory] if memory >= 0 else [])]:
         os.close(descriptor)
     progress.close()
-    for one in (channel, *leaders, *followers):
+    for one in (channel, *joints):
         one.close()
 
 

@@ -16,6 +16,7 @@ import msgspec
 from octavo.server.engine.channel import Failed, FrameBuffer, RankInfo
 from octavo.server.engine.faults import Faults
 from octavo.server.engine.plan import StepPlan
+from octavo.server.errors import StartupError
 
 VERSION = 1  # of the message that carries a plan
 DIGEST_BYTES = 16
@@ -33,12 +34,14 @@ class Planned(msgspec.Struct, tag="planned"):
     """A rank -> rank 0: the KV blocks that its memory holds."""
 
     num_blocks: int
+    fingerprint: str = ""  # of the model that it has read of
 
 
 class Agreed(msgspec.Struct, tag="agreed"):
     """Rank 0 -> a rank: the KV blocks that every rank has."""
 
     num_blocks: int
+    meeting_point: tuple[str, int] | None = None  # for collectives of several machines: host and port
 
 
 class Loaded(msgspec.Struct, tag="loaded"):
@@ -57,6 +60,18 @@ class Place:
     memory: int = -1  # descriptor of memory that all ranks share
     channels: list[socket.socket] = field(default_factory=list)  # of rank 0, to each other rank; of others, to rank 0
     device: int = 0  # the number of the rank's device
+    local: tuple[int, int] | None = None  # number, and how many there are, among the ranks of this machine; None: all
+    address: str = ""  # of this machine, towards others that have ranks; empty where none has
+
+    @property
+    def local_rank(self) -> int:
+        """Number among the ranks of this machine."""
+        return self.rank if self.local is None else self.local[0]
+
+    @property
+    def num_local_ranks(self) -> int:
+        """Ranks of this machine."""
+        return self.num_ranks if self.local is None else self.local[1]
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -132,14 +147,19 @@ class Leader:
     def __init__(self, place: Place) -> None:
         self._channels = [Channel(channel) for channel in place.channels]
 
-    def agree(self, num_blocks: int) -> int:
-        """The least number of KV blocks that any rank has memory for. Raises StartupError where one cannot start."""
+    def agree(self, num_blocks: int, fingerprint: str = "", meeting_point: tuple[str, int] | None = None) -> int:
+        """The least number of KV blocks that any rank has memory for.
+
+        Raises StartupError where a rank cannot start, or has read of another model.
+        """
         for rank in range(1, len(self._channels) + 1):
             message = self._hear(rank)
             assert isinstance(message, Planned)
+            if message.fingerprint != fingerprint:
+                raise StartupError(f"rank {rank} has another model, or another version of Octavo, than rank 0")
             num_blocks = min(num_blocks, message.num_blocks)
         for channel in self._channels:
-            channel.send(_encoder.encode(Agreed(num_blocks)))
+            channel.send(_encoder.encode(Agreed(num_blocks, meeting_point)))
         return num_blocks
 
     def wait_until_loaded(self) -> list[RankInfo]:
@@ -176,12 +196,14 @@ class Follower:
         self._channel, self._epoch = Channel(channel), place.epoch
         self.faults = Faults()  # none, unless a test asks for some
         self.num_steps = 0  # plans received
+        self.meeting_point: tuple[str, int] | None = None  # once agreed
 
-    def agree(self, num_blocks: int) -> int:
+    def agree(self, num_blocks: int, fingerprint: str = "") -> int:
         """See `Leader`. Raises PeerError where rank 0 gives up."""
-        self._channel.send(_encoder.encode(Planned(num_blocks)))
+        self._channel.send(_encoder.encode(Planned(num_blocks, fingerprint)))
         message = _decode_message(self._channel.receive())
         assert isinstance(message, Agreed)
+        self.meeting_point = message.meeting_point
         return message.num_blocks
 
     def loaded(self, info: RankInfo) -> None:

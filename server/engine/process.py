@@ -125,7 +125,8 @@ def follow(config: EngineConfig, place: Place, progress: Progress) -> int:
     follower = Follower(place)
     try:
         rank = Rank(config, place)
-        runner = rank.load(follower.agree(rank.plan.num_blocks))
+        num_blocks = follower.agree(rank.plan.num_blocks, rank.fingerprint)
+        runner = rank.load(num_blocks, follower.meeting_point)
         progress.show(place.rank, runner.figures)
         follower.loaded(rank.info)
     except StartupError as error:

@@ -90,6 +90,10 @@ class Progress:
         if (now := time.monotonic()) - self._looked_s >= RESIDENT_S:
             self._looked_s, self._resident_bytes = now, resident_bytes()
         figures.resident_bytes = self._resident_bytes
+        self.put(rank, figures)
+
+    def put(self, rank: int, figures: RankFigures) -> None:
+        """Puts down what a rank has done."""
         _ROW.pack_into(self._page, rank * _ROW_BYTES, *astuple(figures))
 
     def figures(self, num_ranks: int) -> list[RankFigures]:

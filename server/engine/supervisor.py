@@ -37,6 +37,7 @@ log = logging.getLogger("octavo")
 
 GROW_S = 60.0  # after which a device that is back is not kept waiting for a time when no request runs
 PROBE_S = 30.0  # for a device to show that it is there
+JOIN_S = 0.25  # between two looks at which machines have joined
 PAUSES_S = (0.0, 0.5, 1.0, 2.0, 4.0)  # before a start, by how many have failed in a row
 START_FACTOR, START_S = 4.0, 30.0  # a start may take this many times the first one's time, and this long at least
 SUSPICIOUS = 2  # faults in a row with which a request is tried alone
@@ -100,6 +101,7 @@ class Supervisor:
         self._faults_s: deque[float] = deque(maxlen=config.max_faults + 1)  # when the latest were
         self._resuming: tuple[Recovery, float] | None = None  # requests go on since then, and none has a token yet
         self._task: asyncio.Task[None] | None = None
+        self._missing = ""  # machines that have not joined, in words
 
     @property
     def degraded(self) -> str:
@@ -124,6 +126,15 @@ class Supervisor:
 
     async def start(self) -> None:
         """Starts the first engine, and learns its answer. Raises StartupError with the engine's own words."""
+        if self._config.nnodes > 1:
+            self._launcher.listen(self._config)
+            try:
+                async with asyncio.timeout(self._config.max_recovery_time):
+                    await self._join()
+            except TimeoutError:
+                raise StartupError(
+                    f"{self._missing} did not join within {self._config.max_recovery_time:g} s"
+                ) from None
         begin_s = time.monotonic()
         fault = await self._start_epoch() or await self._check()
         if fault is not None:
@@ -268,6 +279,8 @@ class Supervisor:
         if rung.max_model_len:
             config = replace(config, max_model_len=rung.max_model_len)
         limit_s = self._start_limit_s and self._start_limit_s * self.devices.ladder[0].num_ranks / rung.num_ranks
+        if self._config.nnodes > 1:
+            await self._join()
         try:
             group = self._launcher.start(config, self._journal.epoch, self.devices.used)
         except OSError as error:
@@ -279,6 +292,15 @@ class Supervisor:
             return epoch.fault.result()
         self.info = epoch.ready.result()
         return None
+
+    async def _join(self) -> None:
+        """Waits until all machines are there."""
+        told = ""
+        while missing := await asyncio.to_thread(self._launcher.join, JOIN_S):
+            self._missing = f"node{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
+            if told != self._missing:
+                told = self._missing
+                log.warning("waiting for %s", told)
 
     async def _check(self) -> Fault | None:
         """Asks the current engine what is known; the first one is believed.

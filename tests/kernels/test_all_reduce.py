@@ -17,7 +17,10 @@ import torch.distributed as dist
 
 from octavo.kernels import backend, reference
 from octavo.kernels.all_reduce import all_reduce
+from octavo.kernels.cpu.library import call
+from octavo.kernels.program import Program
 from octavo.kernels.ranks import DistributedRanks, Ranks, SharedMemoryRanks
+from octavo.kernels.rms_norm import rms_norm
 
 NUM_PROCESSES = 4
 SHAPES = [(1, 16), (3, 144), (40, 80)]
@@ -78,6 +81,44 @@ def check_group(ranks: Ranks) -> None:
         assert told.tolist() == [i * turn for i in range(5)]
 
 
+def check_program(ranks: Ranks) -> None:
+    """A sum in the middle of recorded ops, for fewer rows than were recorded."""
+    all_parts = torch.stack([values((8, 32), torch.float32, 1000 + i) for i in range(ranks.num_ranks)])
+    parts, sums = ranks.buffer((1, 8, 32), torch.float32), ranks.buffer((8, 32), torch.bfloat16)
+    parts.copy_(all_parts[ranks.rank])
+    residual, weight = values((8, 32), torch.bfloat16, 2), values((32,), torch.float32, 1)
+    out, normed = torch.zeros_like(residual), torch.zeros_like(residual)
+
+    def launch(rows: int) -> None:
+        all_reduce(parts[:, :rows], out[:rows], ranks, sums=sums[:rows], residual=residual[:rows])
+        rms_norm(out[:rows], weight, 1e-5, normed[:rows])
+
+    program = Program(launch, 8)
+    for rows in (3, 8, 1):
+        out.zero_()
+        program.run(rows)
+        assert torch.equal(out[:rows], reference.sum_parts(all_parts, None, residual, torch.bfloat16)[:rows])
+        assert not out[rows:].any()
+        assert torch.equal(normed[:rows], rms_norm(out[:rows], weight, 1e-5, torch.empty_like(out[:rows])))
+
+
+def test_what_fails_in_a_program_is_raised_at_its_end() -> None:
+    calls: list[int] = []
+
+    def fail(rows: int) -> None:
+        calls.append(rows)
+        raise ValueError("broken")
+
+    def launch(rows: int) -> None:
+        call(fail, rows)
+        call(calls.append, rows)
+
+    for _ in range(2):
+        with pytest.raises(ValueError, match="broken"):
+            Program(launch, 8).run(3)
+    assert calls == [3, 3]
+
+
 def main(meeting_point: str) -> int:
     memories = [os.memfd_create("ranks") for _ in range(NUM_PROCESSES)]
     rank = next((rank for rank in range(1, NUM_PROCESSES) if os.fork() == 0), 0)
@@ -86,12 +127,15 @@ def main(meeting_point: str) -> int:
         for num_ranks in range(1, NUM_PROCESSES + 1):
             if rank < num_ranks:
                 check_group(SharedMemoryRanks(rank, num_ranks, memories[num_ranks - 1], 16 * REGION_BYTES))
-    backend.select("torch")
+    every_kernels = ("native", "torch") if backend.kernels() == "native" else ("torch",)
     dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=NUM_PROCESSES)
     for num_ranks in (3, NUM_PROCESSES):
         group = dist.new_group(list(range(num_ranks)))
         if rank < num_ranks:
-            check_group(DistributedRanks(group))
+            for kernels in every_kernels:
+                backend.select(kernels)
+                check_group(DistributedRanks(group))
+                check_program(DistributedRanks(group))
     dist.barrier()
     dist.destroy_process_group()
     if rank:
