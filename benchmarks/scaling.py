@@ -1,4 +1,5 @@
-"""How the cost grows: a step's with the choices that run, scheduling's with those that wait, attention's with context.
+"""How the cost grows: a step's with the choices that run, scheduling's with those that wait, attention's with context,
+and a step's with the ranks that divide the model.
 
     python -m octavo.benchmarks.scaling MODEL --plot FOLDER
 
@@ -8,6 +9,8 @@
   queueing a request and of a step's planning and applying, on average.
 - attention: one layer's paged attention for one decode step, on KV blocks in random order, no block twice until all are
   read; wall time, the median over the calls. Linear growth shows as a constant cost per context token.
+- ranks: decode steps of as many ranks, each a process; mean wall time, the share of it in collectives (waiting for
+  other ranks included), and beside them what a simple model says: `rank_scaling.py`.
 
 Prints a table for each, and draws them with --plot (which needs matplotlib). The last line of stdout is JSON.
 """
@@ -25,8 +28,8 @@ from typing import Any
 
 import torch
 
-from octavo.benchmarks import serving
-from octavo.benchmarks.offline import make_requests
+from octavo.benchmarks import rank_scaling, serving
+from octavo.benchmarks.offline import make_requests, measure_machine
 from octavo.benchmarks.serving import BenchmarkError
 from octavo.benchmarks.step_profile import decode_engine, decoding, kernels, timed
 from octavo.kernels.cpu.library import set_num_threads, variant
@@ -48,6 +51,7 @@ BLOCK_SIZE = EngineConfig().block_size
 NUM_RUNNING, INPUT_LEN, MAX_OUTPUT_LEN, NUM_SCHEDULER_STEPS = 32, 64, 32, 500  # the traffic of the admission part
 NUM_CALLS = 20  # of the attention op
 
+PARTS = ("overhead", "admission", "attention", "ranks")
 Rows = list[dict[str, Any]]
 
 
@@ -176,19 +180,35 @@ def measure_attention(config: ModelConfig, batch_sizes: Sequence[int], context_l
     return rows
 
 
+def measure_ranks(args: argparse.Namespace) -> Rows:
+    """Decode steps of so many ranks, at each batch size. To be called before this process has threads."""
+    sizes = args.rank_batch_size
+    measured, barriers = {}, {}
+    for num_ranks in sorted({1, *args.ranks}):
+        measured[num_ranks] = rank_scaling.measure_group(args.model, num_ranks, sizes, args.num_steps)
+        barriers[num_ranks] = rank_scaling.barrier_s(num_ranks)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    machine = measure_machine(torch.bfloat16 if measured[1][0].itemsize == 2 else torch.float32)
+    return [
+        rank_scaling.row(measured[n][i], measured[1][i], args.model, machine, barriers[n])
+        for i in range(len(sizes))
+        for n in args.ranks
+    ]
+
+
 def report(rows: Rows) -> str:
     """Rows of one part as a table, a column per key."""
-    lines = ["".join(f"{name:>14}" for name in rows[0])]
+    lines = ["".join(f"{name:>17}" for name in rows[0])]
     for row in rows:
         cells = [
             "-" if value is None else f"{value:.3g}" if isinstance(value, float) else value for value in row.values()
         ]
-        lines.append("".join(f"{cell:>14}" for cell in cells))
+        lines.append("".join(f"{cell:>17}" for cell in cells))
     return "\n".join(lines)
 
 
 def plot(result: dict[str, Any], folder: Path) -> None:
-    """Writes overhead.png, admission.png and attention.png."""
+    """Writes a picture of each part that was measured."""
     from matplotlib.figure import Figure
 
     def draw(name: str, x: str, label: str, lines: dict[str, tuple[Rows, str]], targets: dict[int, float]) -> None:
@@ -209,38 +229,70 @@ def plot(result: dict[str, Any], folder: Path) -> None:
         axis.legend()
         figure.savefig(folder / f"{name}.png")
 
-    overhead, admission, attention = result["overhead"], result["admission"], result["attention"]
-    keys = {"overhead": "overhead_ms", "message": "message_ms", "both": "total_ms"}
-    draw("overhead", "batch_size", "ms per step", {name: (overhead, key) for name, key in keys.items()}, TARGETS_MS)
-    keys = {"add, per request": "add_us", "plan and apply, per step": "step_us"}
-    draw("admission", "num_waiting", "CPU \u00b5s", {name: (admission, key) for name, key in keys.items()}, {})
-    by_batch = {f"batch {row['batch_size']}": row["batch_size"] for row in attention}
-    lines = {name: ([row for row in attention if row["batch_size"] == b], "token_ns") for name, b in by_batch.items()}
-    draw("attention", "context_len", "ns per context token, one layer", lines, {})
+    def by_batch(rows: Rows) -> dict[str, Rows]:
+        sizes = sorted({row["batch_size"] for row in rows})
+        return {f"batch {size}": [row for row in rows if row["batch_size"] == size] for size in sizes}
+
+    if rows := result.get("overhead"):
+        keys = {"overhead": "overhead_ms", "message": "message_ms", "both": "total_ms"}
+        draw("overhead", "batch_size", "ms per step", {name: (rows, key) for name, key in keys.items()}, TARGETS_MS)
+    if rows := result.get("admission"):
+        keys = {"add, per request": "add_us", "plan and apply, per step": "step_us"}
+        draw("admission", "num_waiting", "CPU \u00b5s", {name: (rows, key) for name, key in keys.items()}, {})
+    if rows := result.get("attention"):
+        lines = {name: (some, "token_ns") for name, some in by_batch(rows).items()}
+        draw("attention", "context_len", "ns per context token, one layer", lines, {})
+    if rows := result.get("ranks"):
+        lines = {
+            f"{name}, {what}": (some, key)
+            for name, some in by_batch(rows).items()
+            for what, key in (("measured", "step_ms"), ("model", "model_ms"))
+        }
+        draw("ranks", "ranks", "ms per decode step", lines, {})
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measures the three parts and prints a table for each. Raises ConfigError and StartupError."""
+    """Measures the parts and prints a table for each. Raises ConfigError, StartupError and RuntimeError."""
     config = read_config(Path(args.model))
     num_threads = len(os.sched_getaffinity(0))
+    parts: dict[str, Rows] = {}
+
+    def measure(name: str, title: str, rows: Callable[[], Rows]) -> None:
+        if name in args.parts:
+            parts[name] = rows()
+            print(f"\n{title}\n{report(parts[name])}", flush=True)
+
+    def overhead() -> Rows:
+        engine = decode_engine(args.model, prompt_lens(max(args.batch_size)), args.num_steps + 2)
+        return [measure_overhead(engine, batch_size, args.num_steps) for batch_size in args.batch_size]
+
+    # First: nothing else may have started threads.
+    measure("ranks", "decode steps of several ranks", lambda: measure_ranks(args))
     set_num_threads(num_threads)
-
-    def told(name: str, rows: Rows) -> Rows:
-        print(f"\n{name}\n{report(rows)}", flush=True)
-        return rows
-
-    attention = measure_attention(config, args.attention_batch_size, args.context_len)
-    admission = [measure_admission(num_waiting) for num_waiting in args.num_waiting]
-    engine = decode_engine(args.model, prompt_lens(max(args.batch_size)), args.num_steps + 2)
-    overhead = [measure_overhead(engine, batch_size, args.num_steps) for batch_size in args.batch_size]
+    measure(
+        "attention",
+        "attention of one layer in a decode step",
+        lambda: measure_attention(config, args.attention_batch_size, args.context_len),
+    )
+    measure(
+        "admission",
+        "the scheduler, with requests waiting",
+        lambda: [measure_admission(num_waiting) for num_waiting in args.num_waiting],
+    )
+    measure("overhead", "overhead of a decode step", overhead)
     return {
-        "model": engine.info.model_name,
-        "dtype": engine.info.dtype,
+        "model": Path(args.model).name,
+        "dtype": str(choose_dtype("auto", config.dtype)).removeprefix("torch."),
         "machine": serving.machine() | {"kernels": variant(), "num_threads": num_threads},
-        "overhead": told("overhead of a decode step", overhead),
-        "admission": told("the scheduler, with requests waiting", admission),
-        "attention": told("attention of one layer in a decode step", attention),
+        **parts,
     }
+
+
+def part_names(text: str) -> list[str]:
+    """Argument type: names of parts, with commas between."""
+    if unknown := set(names := text.split(",")) - set(PARTS):
+        raise argparse.ArgumentTypeError(f"not among {', '.join(PARTS)}: {', '.join(sorted(unknown))}")
+    return names
 
 
 def counts_or_zero(text: str) -> list[int]:
@@ -258,12 +310,15 @@ def make_parser() -> argparse.ArgumentParser:
         add(flag, type=type, default=default, metavar="N,N", help=f"(default: {told})")
 
     add("model", metavar="MODEL", nargs="?", help="a Hugging Face folder or a pulled name (default: the default model)")
+    add("--parts", type=part_names, default=list(PARTS), metavar="NAME,NAME", help=f"(default: {','.join(PARTS)})")
     add_list("--batch-size", [1, 8, 32, 64, 128, 256])
     add("--num-steps", type=serving.count, default=32, help="decode steps at each batch size (default: %(default)s)")
     add_list("--num-waiting", [0, 100, 1000, 10000], counts_or_zero)
     add_list("--attention-batch-size", [1, 32])
     add_list("--context-len", [512, 1024, 2048, 4096, 8192])
-    add("--plot", type=Path, metavar="FOLDER", help="draw overhead.png, admission.png and attention.png")
+    add_list("--ranks", [1, 2, 4, 8])
+    add_list("--rank-batch-size", [1, 32])
+    add("--plot", type=Path, metavar="FOLDER", help="draw a picture of each part")
     return parser
 
 
@@ -280,7 +335,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.plot:
             plot(result, args.plot)
         print(json.dumps(result))
-    except (BenchmarkError, ConfigError, OctavoError, ImportError, OSError) as error:
+    except (BenchmarkError, ConfigError, OctavoError, ImportError, OSError, RuntimeError) as error:
         print(f"scaling: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -1,6 +1,8 @@
 """The scaling benchmark, tiny: the structure of its figures, and the work they are taken of. No time is judged."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +10,8 @@ import pytest
 
 from octavo.benchmarks import scaling
 from octavo.benchmarks.step_profile import decode_engine
+from octavo.kernels import backend
+from octavo.kernels.cpu.library import multiplies_bf16
 from octavo.kernels.sample import sample
 from octavo.models.config import read_config
 from octavo.server.engine import runner
@@ -16,7 +20,10 @@ from octavo.server.engine.request import Delta, GenerationRequest
 from octavo.server.engine.scheduler import Scheduler
 
 PARTS = ("overhead", "admission", "attention")
-FLAGS = "--batch-size 1,5 --num-steps 3 --num-waiting 0,20 --attention-batch-size 1,3 --context-len 20,70".split()
+FLAGS = (
+    "--parts overhead,admission,attention --batch-size 1,5 --num-steps 3 --num-waiting 0,20 "
+    "--attention-batch-size 1,3 --context-len 20,70"
+).split()
 
 
 def test_all_parts(
@@ -45,6 +52,27 @@ def test_all_parts(
     assert all(name in out for name in ("overhead_ms", "add_us", "token_ns"))
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"{part}.png" for part in sorted(PARTS)]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.iterdir())
+
+
+@pytest.mark.skipif(backend.kernels() != "native", reason="ranks share no memory without native kernels")
+def test_ranks_are_processes_of_their_own(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    flags = "--parts ranks --ranks 1,3 --rank-batch-size 1,4 --num-steps 3".split()
+    command = [sys.executable, "-m", "octavo.benchmarks.scaling", str(tiny_checkpoint("smollm2")), *flags]
+    done = subprocess.run([*command, "--plot", str(tmp_path)], capture_output=True, text=True, check=True, timeout=120)
+    rows = json.loads(done.stdout.splitlines()[-1])["ranks"]
+    assert [(row["batch_size"], row["ranks"]) for row in rows] == [(1, 1), (1, 3), (4, 1), (4, 3)]
+    for row in rows:
+        assert row["tokens_per_s"] == pytest.approx(row["batch_size"] / row["step_ms"] * 1e3)
+        parts = [row[f"{name}_ms"] for name in ("compute", "bandwidth", "latency", "host")]
+        assert min(parts) >= 0 and row["model_ms"] == pytest.approx(sum(parts))
+        has_peers = row["ranks"] > 1
+        assert (row["latency_ms"] > 0) == (row["bandwidth_ms"] > 0) == (0 < row["collective_share"] < 1) == has_peers
+        # 3 layers have two sums each, the embedding has one, of 144 columns: parts in float32, the sum in bfloat16
+        itemsize = 2 if multiplies_bf16() else 4
+        wanted = 7 * row["batch_size"] * 144 * (4 + itemsize) * 2 / 3 if has_peers else 0
+        assert row["exchanged_bytes"] == pytest.approx(wanted)
+    assert rows[1]["weight_bytes"] < 0.6 * rows[0]["weight_bytes"]
+    assert (tmp_path / "ranks.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("num_waiting", [0, 7])
