@@ -11,6 +11,7 @@ import pytest
 from octavo.server.config import SupervisorConfig
 from octavo.server.engine.channel import StepOutput
 from octavo.server.engine.client import EngineClient
+from octavo.server.engine.progress import RankFigures
 from octavo.server.engine.request import Delta, GenerationRequest, SamplingParams
 from octavo.server.engine.supervisor import Recovery
 from octavo.server.errors import OctavoError
@@ -105,16 +106,22 @@ async def outputs(client: EngineClient, name: str) -> list[list[int]]:
     return list(streams.tokens.values())
 
 
+async def settled(client: EngineClient) -> list[RankFigures]:
+    """What ranks have done once all have put it down: the last step's tokens may come before that."""
+    async with asyncio.timeout(TIMEOUT_S):
+        while len({rank.num_steps for rank in client.figures}) > 1:
+            await asyncio.sleep(0.01)
+    return client.figures
+
+
 def test_ranks_show_what_they_do(client: EngineClient, runner: asyncio.Runner) -> None:
     async def check() -> None:
         assert all(rank.resident_bytes > 20 << 20 for rank in client.figures)
-        before = client.figures
+        before = await settled(client)
         await outputs(client, "a")
-        async with asyncio.timeout(TIMEOUT_S):  # the last step's tokens come before a rank has put it down
-            while len({rank.num_steps for rank in client.figures}) > 1:
-                await asyncio.sleep(0.01)
-        assert len(client.figures) == 3
-        for old, new in zip(before, client.figures, strict=True):
+        after = await settled(client)
+        assert len(after) == 3
+        for old, new in zip(before, after, strict=True):
             assert new.num_steps - old.num_steps == client.stats.step >= NUM_TOKENS
             assert 0 < new.collective_s - old.collective_s < new.step_s - old.step_s
 
