@@ -33,9 +33,11 @@ from octavo.models.quantization.base import HEAD, Quantization, QuantizedRows
 from octavo.models.quantization.bitsandbytes import NF4
 from octavo.models.quantization.calibrated import quantize_for
 from octavo.models.quantization.choose import with_quantization
+from octavo.server import quantize
 from octavo.server.config import EngineConfig
 from octavo.server.engine.request import GenerationRequest, SamplingParams
 from octavo.server.errors import StartupError
+from octavo.server.local_model import load_tokenizer
 from octavo.server.quantize import quantize_checkpoint
 
 DATA = Path(__file__).parent.parent / "data" / "quantized"
@@ -826,6 +828,24 @@ def test_a_calibrated_checkpoint(method: str, tiny_checkpoint: Callable[[str], P
     want, plain, fitted = (logits(loaded(path)) for path in (source, tmp_path / "plain", tmp_path / "fitted"))
     assert (fitted - want).square().mean() < 0.8 * (plain - want).square().mean()
     assert isinstance(loaded(tmp_path / "fitted").layers[0].mlp.down.weights[0], Packed4Bit)
+
+
+def test_texts_to_calibrate_on(smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = DATA.parent / "alice.txt"
+    tokens = quantize.tokens_of_file(smollm2, text)
+    assert tokens.shape[1] == 512 and tokens[0].tolist() == load_tokenizer(smollm2).encode(text.read_text())[:512]
+    (tmp_path / "short.txt").write_text("once " * 100)
+    with pytest.raises(StartupError, match=r"--calibrate: .*short.txt has 1\d\d tokens, expected 512 or more"):
+        quantize.tokens_of_file(smollm2, tmp_path / "short.txt")
+    with pytest.raises(StartupError, match=r"--calibrate: .*none.txt cannot be read"):
+        quantize.tokens_of_file(smollm2, tmp_path / "none.txt")
+    monkeypatch.setattr(quantize, "SEQUENCES", 3)
+    monkeypatch.setattr(quantize, "SEQUENCE_LEN", 12)
+    tokens = quantize.tokens_of_model(smollm2)
+    assert tokens.shape == (3, 12) and tokens[:, 0].tolist() == [1] * 3 and len(set(map(tuple, tokens.tolist()))) == 3
+    (tmp_path / "there").mkdir()
+    with pytest.raises(StartupError, match="there exists already"):
+        quantize.run(smollm2, tmp_path / "there", "nf4", False, "")
 
 
 def test_what_is_quantised_is_not_quantised_again(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
