@@ -175,6 +175,11 @@ class Packed4Bit:
         )
 
 
+def takes_8_bit_codes() -> bool:
+    """Whether the kernels take codes of 8 bits beside those of 4."""
+    return kernels() != "triton"
+
+
 def packed_4bit_bytes(n: int, k: int, form: CodeFormat) -> int:
     """Bytes of a quantised weight [n, k]: what `empty_packed_4bit` allocates."""
     rows = -(-n // PANEL) * PANEL if kernels() == "native" else n
@@ -189,7 +194,7 @@ def empty_packed_4bit(n: int, k: int, dtype: torch.dtype, form: CodeFormat, num_
     """
     if dtype not in compute_dtypes():
         raise ValueError(f"dtype: is {dtype}, expected {' or '.join(map(str, compute_dtypes()))}")
-    if form.table is None and kernels() == "triton":
+    if form.table is None and not takes_8_bit_codes():
         raise ValueError("table: is missing, but Triton's kernels take codes of 4 bits alone")
     if k % form.group_size:
         raise ValueError(f"k: is {k}, expected a multiple of the group size, {form.group_size}")

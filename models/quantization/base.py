@@ -41,7 +41,8 @@ class QuantizedRows:
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The rows as numbers, [rows, k]."""
-        form, table = self.format, torch.tensor(self.format.table)
+        form = self.format
+        table = None if form.table is None else torch.tensor(form.table)
         return reference.dequantize_4bit(self.codes, table, self.scales, self.shifts, form.shift, dtype)
 
 

@@ -772,7 +772,9 @@ def test_the_head_is_quantised_where_that_is_asked_for(name: str, tiny_checkpoin
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "Q6_K"])
 def test_a_gguf_model(kind: str, tmp_path: Path) -> None:
     random_gguf(tmp_path / "model.gguf", kind)
-    check_model(tmp_path / "model.gguf", tmp_path, 4 if kind.startswith("Q4") else 0)
+    model = check_model(tmp_path / "model.gguf", tmp_path, 4)
+    bits = {weight.format.bits for weight in weights(model) if isinstance(weight, Packed4Bit)}
+    assert bits == {4 if kind.startswith("Q4") else 8}
 
 
 def test_a_bitsandbytes_model_as_transformers_saves_it(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
@@ -901,7 +903,7 @@ class NoTensors:
 
 
 @pytest.mark.skipif(backend.kernels() != "native", reason="threads share no memory without native kernels")
-@pytest.mark.parametrize("kind", ["nf4", "int4", "gptq", "gguf"])
+@pytest.mark.parametrize("kind", ["nf4", "int4", "gptq", "Q4_1", "Q6_K"])
 def test_ranks_say_of_a_quantised_model_what_one_says(
     kind: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -909,9 +911,9 @@ def test_ranks_say_of_a_quantised_model_what_one_says(
     path = tiny_checkpoint("smollm2")
     if kind == "gptq":
         path = gptq_model(tiny_checkpoint("llama2"), tmp_path / "model", False)
-    elif kind == "gguf":
+    elif kind.startswith("Q"):
         path = tmp_path / "model.gguf"
-        random_gguf(path, "Q4_1")
+        random_gguf(path, kind)
 
     def outputs(num_ranks: int, **options: Any) -> list[tuple[int, float]]:
         config = EngineConfig(
