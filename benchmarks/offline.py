@@ -21,8 +21,11 @@ import torch
 
 from octavo.benchmarks import serving
 from octavo.benchmarks.serving import BenchmarkError
+from octavo.kernels.matmul import packed_bytes
+from octavo.models.checkpoint import CheckpointError, open_checkpoint
 from octavo.models.config import ConfigError, read_config
-from octavo.models.memory import linear_shapes
+from octavo.models.memory import kv_block_bytes, linear_shapes, weight_bytes
+from octavo.models.quantization.choose import with_quantization
 from octavo.server.config import MIB, EngineConfig
 from octavo.server.engine.engine import Engine
 from octavo.server.engine.request import Delta, GenerationRequest, SamplingParams
@@ -57,33 +60,26 @@ class ModelCost:
     head_params: int  # those of the output head: only positions that sample are multiplied by them
     vocab_size: int
     attention_width: int  # num_layers * num_query_heads * head_size
-    kv_width: int  # num_layers * 2 * num_kv_heads * head_size
-    dtype_bytes: int
+    step_bytes: int  # of weights, codes where they are quantised, that one step reads, whatever its batch
+    kv_token_bytes: int  # KV bytes of one token
 
     @classmethod
-    def of(cls, folder: Path, dtype_bytes: int) -> "ModelCost":
-        """From the model's own accounting. Raises ConfigError for a folder that holds no supported model."""
-        config = read_config(folder)
+    def of(cls, model: Path, dtype: torch.dtype) -> "ModelCost":
+        """From the model's own accounting. Raises ConfigError and CheckpointError where no supported model is."""
+        config = read_config(model)
+        config = with_quantization(config, open_checkpoint(model, config))
         head_params = config.vocab_size * config.hidden_size
         num_params = sum(rows * columns for rows, columns in linear_shapes(config))
+        # Of an embedding that is not the head as well a step reads a few rows.
+        unread_bytes = packed_bytes(config.vocab_size, config.hidden_size, dtype) if config.has_head else 0
         return cls(
-            layer_params=num_params - (1 if config.tie_word_embeddings else 2) * head_params,
+            layer_params=num_params - (2 if config.has_head else 1) * head_params,
             head_params=head_params,
             vocab_size=config.vocab_size,
             attention_width=config.num_layers * config.q_size,
-            kv_width=config.num_layers * 2 * config.kv_size,
-            dtype_bytes=dtype_bytes,
+            step_bytes=weight_bytes(config, dtype) - unread_bytes,
+            kv_token_bytes=kv_block_bytes(config, 1, dtype),
         )
-
-    @property
-    def step_bytes(self) -> int:
-        """Weight bytes that one step reads, whatever its batch."""
-        return (self.layer_params + self.head_params) * self.dtype_bytes
-
-    @property
-    def kv_token_bytes(self) -> int:
-        """KV bytes of one token."""
-        return self.kv_width * self.dtype_bytes
 
     def flops(self, num_tokens: int, num_context: int, num_samples: int) -> int:
         """FLOPs of a step: `num_context` is the sum over its tokens of the positions each attends to."""
@@ -230,7 +226,7 @@ def decode_result(window: DecodeWindow, batch_size: int, cost: ModelCost, machin
 def run(args: argparse.Namespace, make_engine: Callable[[EngineConfig], StepEngine]) -> dict[str, Any]:
     """Prints the ceiling, then a line per phase. Raises BenchmarkError, ConfigError and StartupError."""
     dtype = DTYPES[args.dtype]
-    cost = ModelCost.of(Path(args.model), dtype.itemsize)
+    cost = ModelCost.of(Path(args.model), dtype)
     machine = measure_machine(dtype)
     print(
         f"machine: {machine.bandwidth / 1e9:.1f} GB/s read, {machine.matmul_rate / 1e9:.0f} GFLOP/s in {args.dtype}, "
@@ -294,7 +290,7 @@ def make_parser() -> argparse.ArgumentParser:
         description="Measure the engine in process beside the machine's ceiling. The last line is JSON.",
     )
     add = parser.add_argument
-    add("model", metavar="MODEL", nargs="?", help="a Hugging Face folder or a pulled name (default: the default model)")
+    add("model", metavar="MODEL", nargs="?", help="a folder, a GGUF file or a pulled name (default: the default model)")
     add("--input-len", type=serving.count, default=256, help="prompt tokens (default: %(default)s)")
     add("--output-len", type=serving.count, default=128, help="tokens to generate (default: %(default)s)")
     add("--batch-size", type=serving.counts, default=[1, 8, 32], metavar="N,N", help="decode at each (default: 1,8,32)")
@@ -316,7 +312,7 @@ def main(argv: list[str] | None = None) -> int:
         print(line)
         if args.save_result:
             args.save_result.write_text(line + "\n")
-    except (BenchmarkError, ConfigError, OctavoError, OSError) as error:
+    except (BenchmarkError, CheckpointError, ConfigError, OctavoError, OSError) as error:
         print(f"offline: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -116,18 +116,16 @@ class Packed4Bit:
         """Place rows, of any device, at [begin, begin + rows) of one part.
 
         codes: [rows, k] uint8: below 16, or the bits of signed numbers; scales, and offsets or zero points: [rows,
-        k / group_size], of 16 or 32 bits. Raises ValueError on a wrong argument.
+        k / group_size], of 16 or 32 bits. They are packed where they are. Raises ValueError on a wrong argument.
         """
         form = self.format
-        codes, scales = codes.to(self.codes.device), scales.to(self.codes.device)
-        check(codes, "codes", (None, self.k), torch.uint8, contiguous=False)
+        check(codes, "codes", (None, self.k), torch.uint8, contiguous=False, any_device=True)
         rows, part_size = codes.shape[0], self.n // self.num_parts
-        check(scales, "scales", (rows, self.k // form.group_size), SCALE_DTYPES, contiguous=False)
+        check(scales, "scales", (rows, self.k // form.group_size), SCALE_DTYPES, contiguous=False, any_device=True)
         if (offsets is None) != (form.shift is None):
             raise ValueError(f"offsets: {'missing' if form.shift else 'given'}, but the format's shift is {form.shift}")
         if offsets is not None:
-            offsets = offsets.to(self.codes.device)
-            check(offsets, "offsets", scales.shape, SCALE_DTYPES, contiguous=False)
+            check(offsets, "offsets", scales.shape, SCALE_DTYPES, contiguous=False, any_device=True)
         part, row_begin = divmod(begin, part_size)
         if not 0 <= part < self.num_parts or row_begin + rows > part_size:
             raise ValueError(f"codes: rows [{begin}, {begin + rows}) do not fit the {self.n} rows that are packed")
@@ -177,6 +175,11 @@ class Packed4Bit:
         )
 
 
+def takes_8_bit_codes() -> bool:
+    """Whether the kernels take codes of 8 bits beside those of 4."""
+    return kernels() != "triton"
+
+
 def packed_4bit_bytes(n: int, k: int, form: CodeFormat) -> int:
     """Bytes of a quantised weight [n, k]: what `empty_packed_4bit` allocates."""
     rows = -(-n // PANEL) * PANEL if kernels() == "native" else n
@@ -191,7 +194,7 @@ def empty_packed_4bit(n: int, k: int, dtype: torch.dtype, form: CodeFormat, num_
     """
     if dtype not in compute_dtypes():
         raise ValueError(f"dtype: is {dtype}, expected {' or '.join(map(str, compute_dtypes()))}")
-    if form.table is None and kernels() == "triton":
+    if form.table is None and not takes_8_bit_codes():
         raise ValueError("table: is missing, but Triton's kernels take codes of 4 bits alone")
     if k % form.group_size:
         raise ValueError(f"k: is {k}, expected a multiple of the group size, {form.group_size}")

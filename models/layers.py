@@ -57,23 +57,23 @@ def rows(
     k = inputs[0].whole
 
     def place(tensors: Mapping[str, Tensor]) -> None:
-        values = quantization.read(name, n.whole, k, tensors)
-        if isinstance(values, QuantizedRows):
-            values = values.part(n.slice, slice(0, k))
-            if isinstance(weights[0], PackedWeight):
-                values = values.dequantize(weights[0].dtype)
-                if (order := quantization.order(name)) is not None:
-                    values = torch.empty_like(values).index_copy_(1, order, values)
-        else:
-            values = values[n.slice]
-        for columns, weight in zip(inputs, weights, strict=True):
+        first, end = inputs[0].begin, inputs[-1].end
+        if isinstance(weights[0], PackedWeight):  # whose inputs need not be whole groups, nor in the rows' order
+            first, end = 0, k
+        values = quantization.read(name, n.whole, k, tensors, n.slice, slice(first, end))
+        if isinstance(values, QuantizedRows) and isinstance(weights[0], PackedWeight):
+            values = values.dequantize(weights[0].dtype)
+            if (order := quantization.order(name)) is not None:
+                values = torch.empty_like(values).index_copy_(1, order, values)
+        for span, weight in zip(inputs, weights, strict=True):
+            columns = slice(span.begin - first, span.end - first)
             if isinstance(values, QuantizedRows):
                 assert isinstance(weight, Packed4Bit)
-                part = values.part(slice(0, len(n)), columns.slice)
+                part = values.part(slice(0, len(n)), columns)
                 weight.write_rows(begin, part.codes, part.scales, part.shifts)
             else:
                 assert isinstance(weight, PackedWeight)
-                weight.write_rows(begin, values[:, columns.slice])
+                weight.write_rows(begin, values[:, columns])
 
     wanted = quantization.tensors(name, n.whole, k)
     share = len(n) * sum(map(len, inputs)) / (n.whole * k) if len(wanted) == 1 else 1.0

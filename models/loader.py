@@ -4,6 +4,7 @@ from math import prod
 from typing import Protocol
 
 from octavo.models.checkpoint import Checkpoint, CheckpointError
+from octavo.models.layers import Parameters
 from octavo.models.llama import Llama
 from octavo.models.quantization.base import HEAD
 
@@ -27,12 +28,8 @@ def load(checkpoint: Checkpoint, model: Llama, progress: Progress) -> int:
     are wrong or cannot be read, at the tensor.
     """
     config, parameters = model.config, model.parameters()
-    wanted = {name: spec for parameter in parameters.values() for name, spec in parameter.tensors.items()}
-    for name, spec in wanted.items():
-        if name not in checkpoint.tensors:
-            raise CheckpointError(f"{checkpoint.path}: tensor {name} is missing")
-        spec.check(checkpoint.tensors[name])
-    for name in checkpoint.tensors.keys() - wanted.keys():
+    wanted = _check(parameters, checkpoint)
+    for name in checkpoint.tensors.keys() - wanted:
         tied = config.tie_word_embeddings and name == f"{HEAD}.weight"
         if not tied and not config.quantization.ignores(name):
             raise CheckpointError(f"{checkpoint.tensors[name]} is not part of this architecture")
@@ -47,3 +44,20 @@ def load(checkpoint: Checkpoint, model: Llama, progress: Progress) -> int:
         progress.update(int(parameter.share * sum(sizes[name] for name in tensors)))
         num_bytes += parameter.share * sum(tensor.nbytes for tensor in tensors.values())
     return round(num_bytes)
+
+
+def fill(parameters: Parameters, checkpoint: Checkpoint) -> None:
+    """Fill a part of a model, whose tensors alone are looked at. Raises CheckpointError."""
+    _check(parameters, checkpoint)
+    for parameter in parameters.values():
+        parameter.place({name: checkpoint.read(name) for name in parameter.tensors})
+
+
+def _check(parameters: Parameters, checkpoint: Checkpoint) -> set[str]:
+    """The names of the tensors that are wanted. Raises CheckpointError unless all are there as they are to be."""
+    wanted = {name: spec for parameter in parameters.values() for name, spec in parameter.tensors.items()}
+    for name, spec in wanted.items():
+        if name not in checkpoint.tensors:
+            raise CheckpointError(f"{checkpoint.path}: tensor {name} is missing")
+        spec.check(checkpoint.tensors[name])
+    return set(wanted)

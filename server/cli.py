@@ -225,6 +225,15 @@ def build_parser() -> _Parser:
         "--quantize-lm-head", action="store_true", default=False, help="quantise the output head as well"
     )
 
+    quantize.add_argument(
+        "--calibrate",
+        metavar="FILE",
+        nargs="?",
+        const="",
+        default=None,
+        help="choose the codes for the inputs that the layers get on a text, or without FILE on what the model writes",
+    )
+
     chat = verb("chat", _chat, "talk to a running server", "[FLAGS]", '--system "Answer in one sentence."')
     chat.add_argument("--base-url", metavar="URL", default="http://127.0.0.1:8000", help="default: %(default)s")
     chat.add_argument("--model", metavar="NAME", default=None, help="default: the first that the server lists")
@@ -314,7 +323,7 @@ def _quantize(args: argparse.Namespace) -> int:
     from octavo.server.pull import resolve_model
     from octavo.server.quantize import run
 
-    return run(resolve_model(args.source), Path(args.target), args.format, args.quantize_lm_head)
+    return run(resolve_model(args.source), Path(args.target), args.format, args.quantize_lm_head, args.calibrate)
 
 
 def _chat(args: argparse.Namespace) -> int:

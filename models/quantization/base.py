@@ -41,7 +41,8 @@ class QuantizedRows:
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The rows as numbers, [rows, k]."""
-        form, table = self.format, torch.tensor(self.format.table)
+        form = self.format
+        table = None if form.table is None else torch.tensor(form.table)
         return reference.dequantize_4bit(self.codes, table, self.scales, self.shifts, form.shift, dtype)
 
 
@@ -66,9 +67,15 @@ class Quantization:
         """The checkpoint's tensors that the weight consists of."""
         return self._tensors(name, n, k) if self._holds(name) else {f"{name}.weight": TensorSpec((n, k))}
 
-    def read(self, name: str, n: int, k: int, tensors: Mapping[str, Tensor]) -> "Tensor | QuantizedRows":
-        """The weight from these tensors: numbers [n, k], or rows in the module's format. Raises CheckpointError."""
-        return self._read(name, n, k, tensors) if self._holds(name) else tensors[f"{name}.weight"]
+    def read(
+        self, name: str, n: int, k: int, tensors: Mapping[str, Tensor], rows: slice, columns: slice
+    ) -> "Tensor | QuantizedRows":
+        """Some rows and columns of the weight [n, k] from these tensors, as numbers or in the module's format.
+
+        Where they are in the format, columns begin and end with groups. Raises CheckpointError.
+        """
+        values = self._read(name, n, k, tensors) if self._holds(name) else tensors[f"{name}.weight"]
+        return values.part(rows, columns) if isinstance(values, QuantizedRows) else values[rows, columns]
 
     def ignores(self, name: str) -> bool:
         """Whether a tensor that no module asks for may stay unread."""

@@ -4,8 +4,9 @@ nf4 and fp4 are bitsandbytes' own: absmax of each group, then the nearest entry 
 of a few scales, by which the greatest weight becomes about -8, each group takes the one of least squared error.
 """
 
-from collections.abc import Mapping
-from math import gcd
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from math import gcd, inf
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from octavo.models.quantization.bitsandbytes import TABLES
 
 GROUP_SIZES = {"nf4": 64, "fp4": 64, "int4": 32}
 DIVISORS = (8.0, 8.5, 9.0, 7.5, 7.0)  # of the weight of greatest magnitude, which give the scales that int4 tries
+CHUNK = 1 << 16  # weights at a time, which stay in the cache
 
 
 class Online(Quantization):
@@ -40,8 +42,13 @@ class Online(Quantization):
     def _tensors(self, name: str, n: int, k: int) -> dict[str, TensorSpec]:
         return {self._source(name): TensorSpec((n, k))}
 
-    def _read(self, name: str, n: int, k: int, tensors: Mapping[str, Tensor]) -> QuantizedRows:
-        return quantize(tensors[self._source(name)], self._format(name, n, k))
+    def read(
+        self, name: str, n: int, k: int, tensors: Mapping[str, Tensor], rows: slice, columns: slice
+    ) -> Tensor | QuantizedRows:
+        """Quantises no more than these."""
+        if not self._holds(name):
+            return super().read(name, n, k, tensors, rows, columns)
+        return quantize(tensors[self._source(name)][rows, columns], self._format(name, n, k))
 
     def _source(self, name: str) -> str:
         return f"{EMBEDDING if name == HEAD and self._tied_head else name}.weight"
@@ -61,35 +68,54 @@ def form(method: str, group_size: int, dtype: str) -> CodeFormat:
 
 def quantize(weight: Tensor, form: CodeFormat) -> QuantizedRows:
     """weight: [n, k], of any float dtype."""
-    groups = weight.float().unflatten(1, (-1, form.group_size))
-    return _quantize_int4(groups, form) if form.table == SIGNED else _quantize_table(groups, form)
+    n, k = weight.shape
+    codes = torch.empty((n, k), dtype=torch.uint8)
+    scales = torch.empty((n, k // form.group_size), dtype=form.scale_dtype)
+    num_rows = max(1, CHUNK // k)
+    with one_thread():
+        for rows, into, scale in zip(*(part.split(num_rows) for part in (weight, codes, scales)), strict=True):
+            # A group to a column, so that what is done to groups is done to neighbours in memory at once.
+            groups = rows.reshape(-1, form.group_size).T.float().contiguous()
+            found, of_group = _quantize_int4(groups, form) if form.table == SIGNED else _quantize_table(groups, form)
+            into.view(-1, form.group_size).copy_(found.T)
+            scale.copy_(of_group.view_as(scale))
+    return QuantizedRows(form, codes, scales)
 
 
-def _quantize_table(groups: Tensor, form: CodeFormat) -> QuantizedRows:
-    table = torch.tensor(form.table)
-    absmax = groups.abs().amax(dim=2)
-    scaled = groups * (1.0 / absmax.clamp(min=1e-38)).unsqueeze(2)
-    values, order = torch.sort(table, stable=True)
-    nearest = torch.bucketize(scaled, (values[:-1] + values[1:]) / 2, out_int32=True)
-    return QuantizedRows(form, order.to(torch.uint8)[nearest].flatten(1), absmax)
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For work in pieces too small to be divided among threads, which torch would do."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
 
 
-def _quantize_int4(groups: Tensor, form: CodeFormat) -> QuantizedRows:
-    absmax, at = groups.abs().max(dim=2, keepdim=True)
-    greatest = groups.gather(2, at).squeeze(2)
-    best_codes = best_scale = least_error = absmax  # of the first divisor, once it is through
+def _quantize_table(groups: Tensor, form: CodeFormat) -> tuple[Tensor, Tensor]:
+    """groups: [group size, groups]. Returns codes of that shape and [groups] scales."""
+    absmax = torch.maximum(groups.amax(dim=0), -groups.amin(dim=0))
+    scaled = groups * (1.0 / absmax.clamp(min=1e-38))
+    values, order = torch.sort(torch.tensor(form.table), stable=True)
+    codes = torch.full(groups.shape, int(order[0]), dtype=torch.int8)
+    for border, step in zip(((values[:-1] + values[1:]) / 2).tolist(), order.diff().tolist(), strict=True):
+        codes += (scaled > border).to(torch.int8) * step
+    return codes, absmax
+
+
+def _quantize_int4(groups: Tensor, form: CodeFormat) -> tuple[Tensor, Tensor]:
+    """groups: [group size, groups]. Returns codes of that shape and [groups] scales."""
+    most, least = groups.amax(dim=0), groups.amin(dim=0)
+    greatest = torch.where(most > -least, most, least)
+    best, least_error = greatest, torch.full_like(greatest, inf)
     for divisor in DIVISORS:
         # Negative where the greatest is positive: codes reach further down than up.
         scale = (greatest / -divisor).to(form.scale_dtype).float()
-        inverse = torch.where(scale == 0, 0.0, 1.0 / scale)
-        codes = (groups * inverse.unsqueeze(2)).round_().clamp_(-8, 7)
-        error = (codes * scale.unsqueeze(2)).sub_(groups).square_().sum(dim=2)
-        if divisor == DIVISORS[0]:
-            best_codes, best_scale, least_error = codes, scale, error
-            continue
-        better = error < least_error
-        best_codes = torch.where(better.unsqueeze(2), codes, best_codes)
-        best_scale = torch.where(better, scale, best_scale)
-        least_error = torch.where(better, error, least_error)
-    codes = best_codes.add_(8).to(torch.uint8).flatten(1)
-    return QuantizedRows(form, codes, best_scale.to(form.scale_dtype))
+        error = _nearest(groups, scale).mul_(scale).sub_(groups).square_().sum(dim=0)
+        best, least_error = torch.where(error < least_error, scale, best), torch.minimum(error, least_error)
+    return _nearest(groups, best).add_(8), best
+
+
+def _nearest(groups: Tensor, scale: Tensor) -> Tensor:
+    return (groups * torch.where(scale == 0, 0.0, 1.0 / scale)).round_().clamp_(-8, 7)

@@ -3,6 +3,7 @@
 import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,11 @@ from octavo.benchmarks.offline import DecodeWindow, Machine, ModelCost
 from octavo.benchmarks.serving import BenchmarkError
 from octavo.server.config import EngineConfig
 from octavo.server.engine.request import Delta, FinishReason, GenerationRequest
+from octavo.server.quantize import quantize_checkpoint
 
-COST = ModelCost(layer_params=1000, head_params=100, vocab_size=50, attention_width=8, kv_width=6, dtype_bytes=2)
+COST = ModelCost(
+    layer_params=1000, head_params=100, vocab_size=50, attention_width=8, step_bytes=2200, kv_token_bytes=12
+)
 MACHINE = Machine(bandwidth=1e3, matmul_rate=1e4, num_threads=1)
 
 
@@ -51,12 +55,24 @@ class CountingEngine:
 
 
 def test_cost_of_the_default_model(smollm2: Path) -> None:
-    cost = ModelCost.of(smollm2, 2)
+    cost = ModelCost.of(smollm2, torch.bfloat16)
     assert cost.layer_params == 30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536)
     assert cost.step_bytes == pytest.approx(269e6, rel=0.01)
     assert cost.kv_token_bytes == 30 * 2 * 3 * 64 * 2
     # One token at position 9: every matrix once, and two products of 9 heads x 64 with each of 10 positions, per layer.
     assert cost.flops(1, 10, 1) == 2 * (cost.layer_params + 576 * 49152) + 2 * 2 * 30 * 9 * 64 * 10
+
+
+def test_codes_cost_what_they_take(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """An embedding that is not the head is not read."""
+    source = tiny_checkpoint("llama2")
+    quantize_checkpoint(source, tmp_path / "small", "int4")
+    plain, small = ModelCost.of(source, torch.bfloat16), ModelCost.of(tmp_path / "small", torch.bfloat16)
+    assert small.layer_params == plain.layer_params and small.head_params == plain.head_params == 320 * 96
+    vectors = 4 * 7 * 96
+    assert plain.step_bytes == 2 * (plain.layer_params + plain.head_params) + vectors
+    # Half a byte each and 2 bytes to a group of 32; 64 bytes of table to each of a layer's four weights.
+    assert small.step_bytes == plain.layer_params * 9 // 16 + 3 * 4 * 64 + 2 * plain.head_params + vectors
 
 
 def test_no_model_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,7 +123,7 @@ def test_run_states_the_ceiling_first(
 
     result = offline.run(args, make_engine)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("machine: ") and lines[1].startswith("model:   269.0 MB")
+    assert lines[0].startswith("machine: ") and lines[1].startswith("model:   269.1 MB")
     assert [line.split()[:2] for line in lines[3:]] == [["prefill", "2"], ["decode", "1"], ["decode", "3"]]
     assert [row["batch_size"] for row in result["results"]] == [2, 1, 3]
     assert all(row["tokens_per_s"] > 0 and row["share"] > 0 for row in result["results"])

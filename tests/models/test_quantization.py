@@ -31,10 +31,13 @@ from octavo.models.memory import kv_block_shape, linears, num_vector_parameters,
 from octavo.models.quantization import online
 from octavo.models.quantization.base import HEAD, Quantization, QuantizedRows
 from octavo.models.quantization.bitsandbytes import NF4
+from octavo.models.quantization.calibrated import quantize_for
 from octavo.models.quantization.choose import with_quantization
+from octavo.server import quantize
 from octavo.server.config import EngineConfig
 from octavo.server.engine.request import GenerationRequest, SamplingParams
 from octavo.server.errors import StartupError
+from octavo.server.local_model import load_tokenizer
 from octavo.server.quantize import quantize_checkpoint
 
 DATA = Path(__file__).parent.parent / "data" / "quantized"
@@ -80,7 +83,7 @@ def read(found: Quantization, folder: Path, n: int, k: int) -> QuantizedRows:
     specs = found.tensors(NAME, n, k)
     for name, spec in specs.items():
         spec.check(checkpoint.tensors[name])
-    rows = found.read(NAME, n, k, {name: checkpoint.read(name) for name in specs})
+    rows = found.read(NAME, n, k, {name: checkpoint.read(name) for name in specs}, slice(0, n), slice(0, k))
     assert isinstance(rows, QuantizedRows) and rows.format == found.format(NAME, n, k)
     return rows
 
@@ -274,6 +277,37 @@ def test_a_part_of_rows_is_that_part_of_the_weight() -> None:
     assert torch.equal(part.dequantize(torch.float32), rows.dequantize(torch.float32)[8:24, 64:192])
 
 
+@pytest.mark.parametrize("method", ["nf4", "fp4", "int4"])
+def test_what_is_quantised_while_loading_is_no_more_than_a_rank_has(method: str, tmp_path: Path) -> None:
+    weight = torch.randn((96, 256), generator=generator()).bfloat16()
+    save_file({f"{NAME}.weight": weight}, tmp_path / "model.safetensors")
+    found = online.Online(method, 32, SafetensorsCheckpoint(tmp_path), False, False)
+    whole, part = (
+        found.read(NAME, 96, 256, {f"{NAME}.weight": weight}, slice(*rows), slice(*columns))
+        for rows, columns in (((0, 96), (0, 256)), ((40, 72), (64, 192)))
+    )
+    assert isinstance(whole, QuantizedRows) and isinstance(part, QuantizedRows)
+    want = whole.part(slice(40, 72), slice(64, 192))
+    assert torch.equal(part.codes, want.codes) and torch.equal(part.scales, want.scales)
+
+
+@pytest.mark.parametrize("scale_dtype", ["BF16", "F16"])
+@pytest.mark.parametrize("method", ["nf4", "fp4", "int4"])
+def test_calibrated_codes_are_for_the_inputs(method: str, scale_dtype: str) -> None:
+    """Of inputs that go together, and some of which are large; rows of zeros, and an input that never comes."""
+    x = torch.randn((512, 24), generator=generator()) @ torch.randn((24, 192), generator=generator(1))
+    x = (x + 0.3 * torch.randn(x.shape, generator=generator(2))) * torch.linspace(0.2, 3.0, 192)
+    x[:, 7] = 0.0
+    weight = torch.randn((80, 192), generator=generator(3))
+    weight[5] = weight[9, 64:128] = 0.0
+    form = online.form(method, 64 if method == "nf4" else 32, scale_dtype)
+    plain, fitted = online.quantize(weight, form), quantize_for(weight, form, x.T @ x)
+    errors = [float(((rows.dequantize(torch.float32) - weight) @ x.T).square().sum()) for rows in (plain, fitted)]
+    assert errors[1] < 0.35 * errors[0]
+    assert fitted.codes.dtype == torch.uint8 and fitted.scales.dtype == form.scale_dtype
+    assert not fitted.dequantize(torch.float32)[5].any() and fitted.dequantize(torch.float32).isfinite().all()
+
+
 FILES = {
     "awq": AWQ,
     "gptq_v1_sorted": {**GPTQ, "checkpoint_format": "gptq"},
@@ -372,7 +406,8 @@ def test_gguf_tensors_are_those_of_its_own_package(kind: str, tmp_path: Path) ->
         want = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy()).view(n, 256)
         if name in ("attn_q", "attn_k"):  # neighbours are rotated there, halves here
             want = want.view(-1, 32, 2, 256).transpose(1, 2).reshape(n, 256)
-        values = found.read(module.removesuffix(".weight"), n, 256, {module: checkpoint.read(module)})
+        tensors = {module: checkpoint.read(module)}
+        values = found.read(module.removesuffix(".weight"), n, 256, tensors, slice(0, n), slice(0, 256))
         if isinstance(values, QuantizedRows):
             values = values.dequantize(torch.float32)
         assert torch.equal(values.float(), want)
@@ -653,7 +688,8 @@ def dequantised_folder(path: Path, folder: Path, model: Llama) -> Path:
     for parts, inputs in linears(config):
         for name, outputs in parts.items():
             found, shape = config.quantization, (outputs.whole, inputs[0].whole)
-            values = found.read(name, *shape, {part: checkpoint.read(part) for part in found.tensors(name, *shape)})
+            stored = {part: checkpoint.read(part) for part in found.tensors(name, *shape)}
+            values = found.read(name, *shape, stored, slice(0, shape[0]), slice(0, shape[1]))
             if isinstance(values, QuantizedRows):
                 values, order = values.dequantize(torch.bfloat16), found.order(name)
                 values = values if order is None else torch.empty_like(values).index_copy_(1, order, values)
@@ -736,7 +772,9 @@ def test_the_head_is_quantised_where_that_is_asked_for(name: str, tiny_checkpoin
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "Q6_K"])
 def test_a_gguf_model(kind: str, tmp_path: Path) -> None:
     random_gguf(tmp_path / "model.gguf", kind)
-    check_model(tmp_path / "model.gguf", tmp_path, 4 if kind.startswith("Q4") else 0)
+    model = check_model(tmp_path / "model.gguf", tmp_path, 4)
+    bits = {weight.format.bits for weight in weights(model) if isinstance(weight, Packed4Bit)}
+    assert bits == {4 if kind.startswith("Q4") else 8}
 
 
 def test_a_bitsandbytes_model_as_transformers_saves_it(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
@@ -769,6 +807,8 @@ def test_octavo_quantize_writes_what_quantization_makes(
                 name: SafetensorsCheckpoint(tmp_path / "small").read(name)
                 for name in model.config.quantization.tensors("model.layers.1.mlp.up_proj", 160, 96)
             },
+            slice(0, 160),
+            slice(0, 96),
         )
         assert isinstance(rows, QuantizedRows)
         assert torch.equal(rows.codes[:, ::2] << 4 | rows.codes[:, 1::2], weight.data.view(160, 48))
@@ -777,6 +817,37 @@ def test_octavo_quantize_writes_what_quantization_makes(
     with pytest.raises(StartupError, match="is quantised already"):
         quantize_checkpoint(tmp_path / "small", tmp_path / "smaller", method)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["small"]
+
+
+@pytest.mark.parametrize("method", ["nf4", "int4"])
+def test_a_calibrated_checkpoint(method: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """Its logits are nearer to the original's than those without calibration, the output head included."""
+    source = tiny_checkpoint("llama2")
+    tokens = torch.randint(0, 320, (40, 50), generator=generator(1))
+    quantize_checkpoint(source, tmp_path / "plain", method, True)
+    quantize_checkpoint(source, tmp_path / "fitted", method, True, tokens)
+    assert (tmp_path / "fitted" / "config.json").read_text() == (tmp_path / "plain" / "config.json").read_text()
+    want, plain, fitted = (logits(loaded(path)) for path in (source, tmp_path / "plain", tmp_path / "fitted"))
+    assert (fitted - want).square().mean() < 0.8 * (plain - want).square().mean()
+    assert isinstance(loaded(tmp_path / "fitted").layers[0].mlp.down.weights[0], Packed4Bit)
+
+
+def test_texts_to_calibrate_on(smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = DATA.parent / "alice.txt"
+    tokens = quantize.tokens_of_file(smollm2, text)
+    assert tokens.shape[1] == 512 and tokens[0].tolist() == load_tokenizer(smollm2).encode(text.read_text())[:512]
+    (tmp_path / "short.txt").write_text("once " * 100)
+    with pytest.raises(StartupError, match=r"--calibrate: .*short.txt has 1\d\d tokens, expected 512 or more"):
+        quantize.tokens_of_file(smollm2, tmp_path / "short.txt")
+    with pytest.raises(StartupError, match=r"--calibrate: .*none.txt cannot be read"):
+        quantize.tokens_of_file(smollm2, tmp_path / "none.txt")
+    monkeypatch.setattr(quantize, "SEQUENCES", 3)
+    monkeypatch.setattr(quantize, "SEQUENCE_LEN", 12)
+    tokens = quantize.tokens_of_model(smollm2)
+    assert tokens.shape == (3, 12) and tokens[:, 0].tolist() == [1] * 3 and len(set(map(tuple, tokens.tolist()))) == 3
+    (tmp_path / "there").mkdir()
+    with pytest.raises(StartupError, match="there exists already"):
+        quantize.run(smollm2, tmp_path / "there", "nf4", False, "")
 
 
 def test_what_is_quantised_is_not_quantised_again(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
@@ -832,7 +903,7 @@ class NoTensors:
 
 
 @pytest.mark.skipif(backend.kernels() != "native", reason="threads share no memory without native kernels")
-@pytest.mark.parametrize("kind", ["nf4", "int4", "gptq", "gguf"])
+@pytest.mark.parametrize("kind", ["nf4", "int4", "gptq", "Q4_1", "Q6_K"])
 def test_ranks_say_of_a_quantised_model_what_one_says(
     kind: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -840,9 +911,9 @@ def test_ranks_say_of_a_quantised_model_what_one_says(
     path = tiny_checkpoint("smollm2")
     if kind == "gptq":
         path = gptq_model(tiny_checkpoint("llama2"), tmp_path / "model", False)
-    elif kind == "gguf":
+    elif kind.startswith("Q"):
         path = tmp_path / "model.gguf"
-        random_gguf(path, "Q4_1")
+        random_gguf(path, kind)
 
     def outputs(num_ranks: int, **options: Any) -> list[tuple[int, float]]:
         config = EngineConfig(
