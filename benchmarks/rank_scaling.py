@@ -17,6 +17,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import torch
+
 from octavo.benchmarks.offline import Machine, ModelCost, make_requests
 from octavo.benchmarks.rank_processes import in_group
 from octavo.benchmarks.step_profile import decoding, kernels, timed
@@ -123,7 +125,8 @@ def modelled(measured: Measured, alone: Measured, model: str, machine: Machine, 
 
     alone: the same of one rank.
     """
-    config, cost = read_config(Path(model)), ModelCost.of(Path(model), measured.itemsize)
+    dtype = {2: torch.bfloat16, 4: torch.float32}[measured.itemsize]
+    config, cost = read_config(Path(model)), ModelCost.of(Path(model), dtype)
     num_ranks, rows = measured.num_ranks, measured.batch_size
     shards = Shard(0, num_ranks, num_ranks).peers
     kv_heads = sum(len(shard.kv_heads(config)) for shard in shards) / config.num_kv_heads
