@@ -41,8 +41,8 @@ def runners(monkeypatch: pytest.MonkeyPatch) -> list[Runner]:
     made: list[Runner] = []
     load = Rank.load
 
-    def loaded(rank: Rank, num_blocks: int) -> Runner:
-        made.append(load(rank, num_blocks))
+    def loaded(rank: Rank, *args: Any) -> Runner:
+        made.append(load(rank, *args))
         return made[-1]
 
     monkeypatch.setattr(Rank, "load", loaded)
