@@ -344,8 +344,8 @@ def rank_pids(pid: int) -> list[int]:
 
 
 @contextmanager
-def served(model: str, num_ranks: int, faults: Path, *flags: str) -> Iterator[tuple[int, str]]:
-    """A server in test mode: its process id and URL."""
+def served(model: str, num_ranks: int, faults: Path, *flags: str) -> Iterator[tuple["subprocess.Popen[bytes]", str]]:
+    """A server in test mode, and its URL."""
     command = [sys.executable, "-m", "octavo.server", "serve", model, "--port", "0", "--device", "cpu", "--test-faults"]
     command += ["--tensor-parallel-size", str(num_ranks), "--max-faults", "1000000"]
     command += ["--max-device-faults", "1000000", *flags]
@@ -358,7 +358,7 @@ def served(model: str, num_ranks: int, faults: Path, *flags: str) -> Iterator[tu
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise RuntimeError(f"the server did not start:\n{Path(log.name).read_text()}")
                 time.sleep(0.05)
-            yield process.pid, found[1]
+            yield process, found[1]
         finally:
             process.terminate()
             try:
@@ -373,9 +373,9 @@ async def suffering(
     model: str, num_ranks: int, *flags: str, num_streams: int = 8, num_tokens: int = 40
 ) -> AsyncIterator[Chaos]:
     """A server that has given its undisturbed answers."""
-    with tempfile.TemporaryDirectory() as faults, served(model, num_ranks, Path(faults), *flags) as (pid, url):
+    with tempfile.TemporaryDirectory() as faults, served(model, num_ranks, Path(faults), *flags) as (process, url):
         async with httpx.AsyncClient(base_url=url, timeout=FAULT_S, limits=httpx.Limits(max_connections=None)) as http:
-            chaos = Chaos(http, pid, Path(faults), bodies(num_streams, num_tokens))
+            chaos = Chaos(http, process.pid, Path(faults), bodies(num_streams, num_tokens))
             await chaos.learn()
             yield chaos
 
