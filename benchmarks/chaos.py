@@ -2,10 +2,12 @@
 
     python -m octavo.benchmarks.chaos MODEL --ranks 4 --faults 140 --log chaos.jsonl
 
-The matrix: {kill, stop, segv, raise, slow} x {idle, prefill, decode, collective, sampling, warm-up, recovery} x rank.
+The matrix: {kill, stop, segv, raise, slow} x {idle, prefill, decode, collective, sampling, warm-up, recovery} x rank,
+further {hang} x {idle, decode}, and {drop, change} of the plan that a rank is sent.
 Each fault appends a line of JSON to the log, and a log that is there already is gone on with. In the end, the table.
-Idle faults are signals from outside (raise and slow have no idle); those of warm-up and recovery strike the start that
-follows a kill, so they are two faults. All else is asked of the ranks themselves (`server/engine/faults.py`).
+Idle faults are signals from outside (raise and slow have no idle; a hang is waited for until it is found); those of
+warm-up and recovery strike the start that follows a kill, so they are two faults. All else is asked of the ranks
+themselves (`server/engine/faults.py`).
 
 With --lose-devices, instead: while all requests run, the ranks' devices are declared dead and their ranks killed, from
 the last to the second, so that one is left; then they are all there again.
@@ -31,8 +33,9 @@ from typing import Any
 
 import httpx
 
-KINDS = ("kill", "stop", "segv", "raise", "slow")
-PHASES = ("idle", "prefill", "decode", "collective", "sampling", "warm-up", "recovery")
+KINDS = ("kill", "stop", "segv", "raise", "slow", "hang", "drop", "change")
+PHASES = ("idle", "prefill", "decode", "collective", "sampling", "plan", "warm-up", "recovery")
+SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "segv": signal.SIGSEGV}
 READY_S, FAULT_S = 120.0, 90.0
 WORDS = "the of sea and ship old night rain stone under light over river house never again".split()
 
@@ -58,6 +61,7 @@ class Outcome:
     recoveries: int = 0
     lost: int = 0  # requests that did not end as the undisturbed ones
     wrong: int = 0  # requests with another output
+    leaked: float = 0.0  # share of the KV blocks that nobody gave back
     tokens: int = 0
     first_s: float | None = None  # from the fault to the first token after it
     all_s: float | None = None  # to the first token of the last stream to go on
@@ -70,8 +74,11 @@ def matrix(num_ranks: int) -> list[Planned]:
     return [
         Planned(kind, phase, rank)
         for phase, kind, rank in product(PHASES, KINDS, range(num_ranks))
-        if not (phase == "idle" and kind in ("raise", "slow"))
+        if (kind in ("drop", "change")) == (phase == "plan")
+        and not (phase == "idle" and kind in ("raise", "slow"))
         and not (phase in ("warm-up", "recovery") and kind == "slow")
+        and not (kind == "hang" and phase not in ("idle", "decode"))
+        and not (phase == "plan" and rank == 0)
     ]
 
 
@@ -168,6 +175,11 @@ class Chaos:
         self._http, self._pid, self._faults, self._requests = http, pid, faults, requests
         self._expected: list[Any] = []
 
+    @property
+    def launcher_pid(self) -> int:
+        """Process id of the server's launcher."""
+        return launcher_pid(self._pid)
+
     async def learn(self) -> None:
         """Answers without a fault, twice the same."""
         first, second = [[stream.output() for stream in await self._run()] for _ in range(2)]
@@ -186,8 +198,13 @@ class Chaos:
         streams = [Stream() for _ in self._requests]
         struck_s = 0.0
         if planned.phase == "idle":
+            outcome.effective = True
+            if planned.kind == "hang":
+                (self._faults / f"hang@idle:{planned.rank}").touch()
+                await self._until_recovered(before["count"])
             struck_s = time.monotonic()
-            outcome.effective = self._signal(planned)
+            if planned.kind in SIGNALS:
+                os.kill(rank_pids(self._pid)[planned.rank], SIGNALS[planned.kind])
         running = asyncio.gather(
             *(read(self._http, *r, s) for r, s in zip(self._requests, streams, strict=True)), return_exceptions=True
         )
@@ -212,9 +229,12 @@ class Chaos:
             running.cancel()
         after = await self._recoveries()
         outcome.recoveries = int(after["count"] - before["count"])
+        outcome.leaked = after["kv_cache_usage_perc"]
         outcome.effective &= bool(outcome.recoveries) or planned.kind == "slow"  # else it came too late to matter
         if outcome.recoveries:
-            outcome.seconds = {phase: after[phase] - before[phase] for phase in after if phase != "count"}
+            outcome.seconds = {
+                phase: after[phase] - before[phase] for phase in after if phase not in ("count", "kv_cache_usage_perc")
+            }
         later = [min((t for t in s.times_s if t > struck_s), default=None) for s in streams]
         first = [t - struck_s for t in later if t is not None]
         if outcome.recoveries and first:
@@ -224,11 +244,6 @@ class Chaos:
         outcome.wrong = sum(o != e for o, e in zip(outputs, self._expected, strict=True))
         outcome.tokens = sum(stream.num_tokens for stream in streams)
         return outcome
-
-    def _signal(self, planned: Planned) -> bool:
-        number = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "segv": signal.SIGSEGV}[planned.kind]
-        os.kill(rank_pids(self._pid)[planned.rank], number)
-        return True
 
     async def lose_devices(self, has_same_bits: bool) -> Outcome:
         """All devices but the first are lost, from the last on, while all requests run; then they are taken back.
@@ -284,13 +299,21 @@ class Chaos:
         while not condition() and time.monotonic() < deadline:
             await asyncio.sleep(0.002)
 
+    async def _until_recovered(self, count: float) -> None:
+        """Until there have been more recoveries than so many."""
+        deadline = time.monotonic() + FAULT_S
+        while (await self._recoveries())["count"] == count and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+
     async def _until_ready(self) -> None:
         while (await self._http.get("/readyz")).status_code != 200:
             await asyncio.sleep(0.02)
 
     async def _recoveries(self) -> dict[str, float]:
+        """How many there were, how long their phases took in all, and the share of KV blocks in use."""
         text = (await self._http.get("/metrics")).text
         found = {"count": sum(float(v) for v in re.findall(r"^octavo:recoveries_total\{.*\} (.*)$", text, re.M))}
+        found["kv_cache_usage_perc"] = float(re.findall(r"^octavo:kv_cache_usage_perc\{.*\} (.*)$", text, re.M)[0])
         for phase, value in re.findall(r'^octavo:recovery_seconds_sum\{.*phase="([a-z]+)".*\} (.*)$', text, re.M):
             found[phase] = float(value)
         return found
@@ -309,15 +332,20 @@ def _children(pid: int) -> list[int]:
     return sorted(found)
 
 
-def rank_pids(pid: int) -> list[int]:
-    """The ranks of the server with this process id, in order: children of its one child, the launcher."""
+def launcher_pid(pid: int) -> int:
+    """The launcher of the server with this process id: its one child."""
     (launcher,) = _children(pid)
-    return _children(launcher)
+    return launcher
+
+
+def rank_pids(pid: int) -> list[int]:
+    """The ranks of the server with this process id, in order: the launcher's children."""
+    return _children(launcher_pid(pid))
 
 
 @contextmanager
-def served(model: str, num_ranks: int, faults: Path, *flags: str) -> Iterator[tuple[int, str]]:
-    """A server in test mode: its process id and URL."""
+def served(model: str, num_ranks: int, faults: Path, *flags: str) -> Iterator[tuple["subprocess.Popen[bytes]", str]]:
+    """A server in test mode, and its URL."""
     command = [sys.executable, "-m", "octavo.server", "serve", model, "--port", "0", "--device", "cpu", "--test-faults"]
     command += ["--tensor-parallel-size", str(num_ranks), "--max-faults", "1000000"]
     command += ["--max-device-faults", "1000000", *flags]
@@ -330,7 +358,7 @@ def served(model: str, num_ranks: int, faults: Path, *flags: str) -> Iterator[tu
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise RuntimeError(f"the server did not start:\n{Path(log.name).read_text()}")
                 time.sleep(0.05)
-            yield process.pid, found[1]
+            yield process, found[1]
         finally:
             process.terminate()
             try:
@@ -345,9 +373,9 @@ async def suffering(
     model: str, num_ranks: int, *flags: str, num_streams: int = 8, num_tokens: int = 40
 ) -> AsyncIterator[Chaos]:
     """A server that has given its undisturbed answers."""
-    with tempfile.TemporaryDirectory() as faults, served(model, num_ranks, Path(faults), *flags) as (pid, url):
+    with tempfile.TemporaryDirectory() as faults, served(model, num_ranks, Path(faults), *flags) as (process, url):
         async with httpx.AsyncClient(base_url=url, timeout=FAULT_S, limits=httpx.Limits(max_connections=None)) as http:
-            chaos = Chaos(http, pid, Path(faults), bodies(num_streams, num_tokens))
+            chaos = Chaos(http, process.pid, Path(faults), bodies(num_streams, num_tokens))
             await chaos.learn()
             yield chaos
 
@@ -359,6 +387,7 @@ def _quantile(values: list[float], share: float) -> str:
 def table(outcomes: list[Outcome]) -> str:
     """By phase: faults, what they cost, how long it took."""
     names = ["phase", "faults", "recoveries", "requests lost", "requests wrong"]
+    names.append("blocks leaked")
     names += ["first token p50", "p99", "max", "all streams p50", "max"]
     lines = [names, ["---"] * len(names)]
     for phase in (*PHASES, "all"):
@@ -367,10 +396,11 @@ def table(outcomes: list[Outcome]) -> str:
         first = [o.first_s for o in rows if o.first_s is not None]
         last = [o.all_s for o in rows if o.all_s is not None]
         counts = len(rows), sum(o.recoveries for o in rows), sum(o.lost for o in rows), sum(o.wrong for o in rows)
+        leaks = sum(o.leaked > 0 for o in rows)
         times = [_quantile(first, share) for share in (0.5, 0.99, 1.0)] + [
             _quantile(last, share) for share in (0.5, 1.0)
         ]
-        lines.append([phase, *map(str, counts), *times])
+        lines.append([phase, *map(str, (*counts, leaks)), *times])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -421,7 +451,7 @@ def main(argv: list[str] | None = None) -> int:
     detected = [o.seconds["detect"] for o in outcomes if o.seconds]
     if detected:
         print(f"detection, by the server's account: median {statistics.median(detected):.2f} s")
-    return int(any(o.lost or o.wrong for o in outcomes))
+    return int(any(o.lost or o.wrong or o.leaked for o in outcomes))
 
 
 if __name__ == "__main__":

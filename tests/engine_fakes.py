@@ -53,6 +53,9 @@ class FakeGroup:
     def wait_until_started(self) -> None:
         pass
 
+    def wake_launcher(self) -> None:
+        pass
+
     def ended(self) -> list[int]:
         return []
 

@@ -4,8 +4,10 @@ A sample of the matrix that `benchmarks/chaos.py` goes through.
 """
 
 import asyncio
+import os
 import re
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +25,8 @@ SAMPLE = [
     Planned("segv", "decode", 1),
     Planned("stop", "decode", 0),
     Planned("slow", "decode", 1),
+    Planned("drop", "plan", 1),
+    Planned("hang", "idle", 1),
     Planned("kill", "collective", 1),
     Planned("raise", "sampling", 0),
     Planned("raise", "warm-up", 1),
@@ -58,7 +62,7 @@ def test_nothing_is_lost_and_no_token_is_wrong(planned: Planned, chaos: Chaos, r
     outcome = runner.run(chaos.suffer(0, planned))
     print(asdict(outcome))
     assert outcome.effective
-    assert (outcome.lost, outcome.wrong) == (0, 0)
+    assert (outcome.lost, outcome.wrong, outcome.leaked) == (0, 0, 0)
     assert outcome.recoveries == (0 if planned.kind == "slow" else 1)
 
 
@@ -77,6 +81,13 @@ async def flip(chaos: Chaos, site: str, rank: int, detector: str) -> None:
 
 def test_a_rank_whose_weights_have_changed_is_replaced(chaos: Chaos, runner: asyncio.Runner) -> None:
     runner.run(flip(chaos, "weights", 1, "weights"))
+
+
+def test_a_stopped_launcher_holds_up_nobody(chaos: Chaos, runner: asyncio.Runner) -> None:
+    os.kill(chaos.launcher_pid, signal.SIGSTOP)
+    outcome = runner.run(chaos.suffer(0, Planned("kill", "idle", 1)))
+    assert (outcome.lost, outcome.wrong, outcome.recoveries) == (0, 0, 1)
+    assert outcome.seconds["start"] < 10  # and not as long as a start may take
 
 
 @pytest.mark.parametrize(
@@ -99,12 +110,12 @@ def test_devices_are_lost_one_after_another(
 def test_the_table_counts_what_went_wrong() -> None:
     outcomes = [
         Outcome(0, "kill", "decode", 0, effective=True, recoveries=1, lost=1, wrong=2, first_s=1.0, all_s=3.0),
-        Outcome(1, "kill", "decode", 1, effective=True, recoveries=1, first_s=2.0, all_s=2.5),
+        Outcome(1, "kill", "decode", 1, effective=True, recoveries=1, leaked=0.5, first_s=2.0, all_s=2.5),
         Outcome(2, "kill", "idle", 1),  # it did not strike
     ]
     assert table(outcomes).splitlines()[2:] == [
-        "| decode | 2 | 2 | 1 | 2 | 2.00 | 2.00 | 2.00 | 3.00 | 3.00 |",
-        "| all | 2 | 2 | 1 | 2 | 2.00 | 2.00 | 2.00 | 3.00 | 3.00 |",
+        "| decode | 2 | 2 | 1 | 2 | 1 | 2.00 | 2.00 | 2.00 | 3.00 | 3.00 |",
+        "| all | 2 | 2 | 1 | 2 | 1 | 2.00 | 2.00 | 2.00 | 3.00 | 3.00 |",
     ]
 
 

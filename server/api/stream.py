@@ -33,8 +33,8 @@ class Body(Protocol):
 class EventStream(Response):
     """Sends what a generation gains as soon as the client takes it; what has gathered by then goes out as one write.
 
-    Ends with [DONE], or with an error event. The status goes out with the first event: what fails before is still an
-    error with a status of its own.
+    Ends with [DONE], or with an error event. The status goes out with the first event, or when the engine has not
+    recovered a few seconds after a fault: what fails before is still an error with a status of its own.
     """
 
     media_type = "text/event-stream"
@@ -46,6 +46,8 @@ class EventStream(Response):
         self._format = format
         self._body: Body | None = None  # from the first event on
         self._waiter: asyncio.Future[None] | None = None  # what the task waits for while it has nothing to send
+        self._num_waits = 0
+        self._comment = b""  # to be sent by the task
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Streams. Leaving in any way ends the generation."""
@@ -64,29 +66,39 @@ class EventStream(Response):
 
     async def _next(self) -> bytes:
         """The next events, as soon as there are some; none once all are taken. Raises what ended the generation."""
-        while not (data := self._gained()) and self._generation.is_running:
+        while not (data := self._gained()) and self._generation.is_running and not self._comment:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
         if not data:
             self._generation.check()
-        return data
+        comment, self._comment = self._comment, b""
+        return comment + data
 
     def _gained(self) -> bytes:
         return self._format.events(self._generation.take())
 
     def _on_wait(self) -> None:
         # Whoever stands between may end a connection that is silent for long.
-        if self._waiter is not None and self._body is not None and self._body.is_writable:
-            self._body.write(RECOVERING)
+        self._num_waits += 1
+        if self._waiter is None:
+            return
+        if self._body is not None:
+            if self._body.is_writable:
+                self._body.write(RECOVERING)
+        elif self._num_waits > 1:  # until now what becomes of it could still have had a status of its own
+            self._comment = RECOVERING
+            self._wake()
 
     def _on_gain(self) -> None:
-        waiter = self._waiter
-        if waiter is None:
+        if self._waiter is None:
             return  # the task is sending, and will look again
         if self._body is not None and self._body.is_writable and self._generation.is_running:
             if data := self._gained():
                 self._body.write(data)
             return
-        self._waiter = None
-        if not waiter.done():  # it may have been cancelled
+        self._wake()
+
+    def _wake(self) -> None:
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():  # it may have been cancelled
             waiter.set_result(None)

@@ -72,6 +72,8 @@ class Devices:
 
         It is not where the ladder has no rung without it: then all that can be done is to try again.
         """
+        if rank >= len(self.used):  # as an engine may say that is no longer right in its mind
+            return None
         device = self.used[rank]
         faults_s = self._faults_s[device]
         faults_s.append(now_s)

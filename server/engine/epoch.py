@@ -2,7 +2,8 @@
 
 An epoch ends with its first fault and is never mended. It is watched in three ways: a process that ends is known at
 once, by its pidfd and by the socket; an engine that fails says so; one that does not go on is known by the page of
-`progress`, once it is far behind what it expected of itself.
+`progress`, once it is far behind what it expected of itself. So is a rank that has nothing to do and does not show
+itself.
 """
 
 import asyncio
@@ -88,6 +89,7 @@ class Epoch(asyncio.Protocol):
         self._begin_s = self._looked_s = time.monotonic()
         self._since_s = self._begin_s  # from when on silence counts
         self._ran_s = self._begin_s  # when no process was stopped
+        self._worked_s = self._begin_s  # when a step was being executed
         self._timer = self._loop.call_later(TICK_S, self._look)
         self._connecting = self._loop.create_task(self._connect())
 
@@ -239,6 +241,8 @@ class Epoch(asyncio.Protocol):
         self._looked_s = now
         if now - before_s > 2 * TICK_S or not self.ready.done():
             self._since_s = now  # this process did not run itself and can tell nothing; or the engine loads
+        if not self._group.pids:
+            self._group.wake_launcher()
         stopped = [rank for rank, pid in enumerate(self._group.pids) if _is_stopped(pid)]
         if not stopped:
             self._ran_s = now
@@ -248,11 +252,17 @@ class Epoch(asyncio.Protocol):
         if not self._deadline_s:
             return
         beat = self._group.progress.read()
+        if beat.request_ids or not self.ready.done():
+            self._worked_s = now  # those that wait for each other in a step say nothing; rank 0 speaks for them
         silent_s = now - max(beat.at_s, self._since_s)
         patience = self._patience()
         if silent_s > patience * max(self._deadline_s, EXPECTED_FACTOR * beat.expected_s):
             self.fail("stalled", f"the engine made no progress for {silent_s:.1f} s", next(iter(stopped), None))
-        elif now - self._ran_s > patience * self._deadline_s:
+        for rank in range(1, len(self._group.pids)):
+            since_s = max(self._group.progress.alive_s(rank), self._worked_s, self._since_s)
+            if now - since_s > patience * self._deadline_s:
+                self.fail("stalled", f"rank {rank} has not shown itself for {now - since_s:.1f} s", rank)
+        if now - self._ran_s > patience * self._deadline_s:
             self.fail("stalled", f"rank {', '.join(map(str, stopped))} is stopped", stopped[0])
 
 

@@ -1,12 +1,12 @@
 """Faults on demand, for tests alone: files named KIND@PHASE:RANK or dead=DEVICE, in a folder. Standard library.
 
 OCTAVO_FAULTS names the folder, and is refused unless the server is started with --test-faults. A rank that comes to a
-phase takes the file away and does what it says, once. Kinds: kill, stop, segv, raise, slow (10 times as long, for
-NUM_SLOW steps), and flips of a bit in what the rank holds (`bit_flips.py`): flip-weights, flip-kv, and of the step that
-begins flip-activations and flip-logits. Phases: recovery (of an epoch but the first, before it loads), warm-up,
-prefill, decode, collective (while the model runs, where ranks wait for each other), sampling, plan (a rank but the
-first is sent one), which has kinds of its own: drop (it never comes) and change (what comes is another plan). A device
-is dead while there is a file that says so: no rank starts on it.
+phase takes the file away and does what it says, once. Kinds: kill, stop, segv, raise, hang, slow (10 times as long,
+for NUM_SLOW steps), and flips of a bit in what the rank holds (`bit_flips.py`): flip-weights, flip-kv, and of the step
+that begins flip-activations and flip-logits. Phases: idle, recovery (of an epoch but the first, before it loads),
+warm-up, prefill, decode, collective (while the model runs, where ranks wait for each other), sampling, plan (a rank but
+the first is sent one), which has kinds of its own: drop (it never comes) and change (what comes is another plan). A
+device is dead while there is a file that says so: no rank starts on it.
 """
 
 import os
@@ -18,10 +18,11 @@ from collections.abc import Callable
 from contextlib import suppress
 
 FLIPS = ("flip-weights", "flip-kv", "flip-activations", "flip-logits")
-KINDS = ("kill", "stop", "segv", "raise", "slow", "drop", "change", *FLIPS)
-PHASES = ("recovery", "warm-up", "prefill", "decode", "collective", "sampling", "plan")
+KINDS = ("kill", "stop", "segv", "raise", "hang", "slow", "drop", "change", *FLIPS)
+PHASES = ("idle", "recovery", "warm-up", "prefill", "decode", "collective", "sampling", "plan")
 NUM_SLOW = 20
 SLOWER = 10
+HANG_S = 3600.0
 _SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "segv": signal.SIGSEGV}
 
 
@@ -83,7 +84,9 @@ class Faults:
     def _strike(self, kind: str) -> None:
         if kind == "raise":
             raise RuntimeError("a fault that was asked for")
-        if kind == "slow":
+        if kind == "hang":
+            time.sleep(HANG_S)
+        elif kind == "slow":
             self._num_slow = NUM_SLOW
         elif kind in FLIPS:
             self.flip(kind.removeprefix("flip-"))

@@ -171,6 +171,10 @@ class Group:
                 for descriptor in descriptors:
                     os.close(descriptor)
 
+    def wake_launcher(self) -> None:
+        """Has a launcher that somebody has stopped go on: else there would never be any process."""
+        self._launcher.send_signal(signal.SIGCONT)
+
     def ended(self) -> list[int]:
         """The ranks whose processes have ended."""
         if self.pidfds:

@@ -24,11 +24,10 @@ from octavo.server.engine.engine import Engine, Rank, choose_device, faults_of
 from octavo.server.engine.faults import Faults
 from octavo.server.engine.integrity import Corruption
 from octavo.server.engine.peers import Follower, PeerError, Place
-from octavo.server.engine.progress import Finding, Progress
+from octavo.server.engine.progress import IDLE_S, Finding, Progress
 from octavo.server.errors import StartupError
 
 RECEIVE_BYTES = 1 << 20
-IDLE_S = 0.25  # after which an engine without work shows itself, and ranks look at their weights
 
 
 class EngineProcess:
@@ -52,6 +51,7 @@ class EngineProcess:
         while not select.select([self._channel], [], [], 0 if self._engine.has_work else IDLE_S)[0]:
             if self._engine.has_work:
                 return True
+            self._engine.runner.faults.at("idle")
             self._progress.beat(IDLE_S)
             self._engine.scrub()
         data = self._channel.recv(RECEIVE_BYTES)
@@ -142,6 +142,8 @@ def follow(config: EngineConfig, place: Place, progress: Progress) -> int:
     _freeze()
     while True:
         while not follower.wait(IDLE_S):
+            faults.at("idle")
+            progress.alive(place.rank)
             runner.weights.run()
         if (plan := follower.receive()) is None:
             return 0

@@ -15,10 +15,12 @@ from dataclasses import astuple, dataclass
 
 MAX_RANKS = 8
 _ROW = struct.Struct("<qddq")  # of each rank: what `RankFigures` has
+_AT = struct.Struct("<d")  # behind it: when the rank last showed itself
 _HEAD = struct.Struct("<ddq")  # at_s, expected_s, bytes of ids behind it
 _ROW_BYTES = 64  # ranks do not write to each other's cache lines
 _HEAD_BEGIN = MAX_RANKS * _ROW_BYTES
 _IDS_BEGIN = _HEAD_BEGIN + _HEAD.size
+IDLE_S = 0.25  # after which a rank without work shows itself
 RESIDENT_S = 1.0  # between two looks at the memory of a process
 PAGE_BYTES = 1 << 16
 _FINDING = struct.Struct("<BBH")  # rank + 2, 1 for none; the lengths of detector and text behind it; at the page's end
@@ -95,6 +97,16 @@ class Progress:
     def put(self, rank: int, figures: RankFigures) -> None:
         """Puts down what a rank has done."""
         _ROW.pack_into(self._page, rank * _ROW_BYTES, *astuple(figures))
+        self.alive(rank)
+
+    def alive(self, rank: int) -> None:
+        """Says that a rank, this process, goes on. One that waits for other ranks in a step does not say so."""
+        _AT.pack_into(self._page, rank * _ROW_BYTES + _ROW.size, time.monotonic())
+
+    def alive_s(self, rank: int) -> float:
+        """When a rank last said that it goes on; 0.0: not yet."""
+        at_s: float = _AT.unpack_from(self._page, rank * _ROW_BYTES + _ROW.size)[0]
+        return at_s
 
     def figures(self, num_ranks: int) -> list[RankFigures]:
         """Of each rank, as it was after its last step; none where the page is let go."""

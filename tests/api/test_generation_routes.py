@@ -413,6 +413,32 @@ async def test_what_gathers_while_a_reader_is_slow_goes_out_as_one_write(tmp_pat
         assert len(writes) <= 3
 
 
+@pytest.mark.parametrize("num_waits", [0, 1, 2, 3])
+@pytest.mark.parametrize("dies", [False, True])
+async def test_a_stream_without_a_token_that_waits_for_a_recovery(tmp_path: Path, num_waits: int, dies: bool) -> None:
+    """It begins with a comment once that takes long; until then it may still end with a status."""
+    async with serving(tmp_path, "abc") as server:
+        server.engine.go.clear()
+        server.engine.die_after = 0 if dies else None
+        post = asyncio.create_task(server.post("/v1/completions", {"prompt": "a", "stream": True}))
+        await eventually(lambda: server.engine.num_running == 1)
+        for _ in range(num_waits):
+            assert server.engine.on_wait is not None
+            server.engine.on_wait()
+            await asyncio.sleep(0.01)
+        server.engine.go.set()
+        response = await post
+        comments = max(num_waits - 1, 0)
+        assert response.text.startswith(": recovering\n\n" * comments)
+        assert response.text.count(": recovering") == comments
+        if not dies:
+            assert response.text.endswith("data: [DONE]\n\n")
+        elif comments:
+            assert response.status_code == 200 and response.text.rpartition("\n\ndata: ")[2].startswith('{"error"')
+        else:
+            assert response.status_code == 503
+
+
 @pytest.mark.parametrize("writable", ["always", "never", "at times"])
 @pytest.mark.parametrize("n", [1, 3])
 async def test_tokens_are_written_past_the_task_where_the_server_can(tmp_path: Path, writable: str, n: int) -> None:

@@ -15,6 +15,7 @@ def devices(*ladder: int, max_faults: int = 2) -> Devices:
 def test_a_device_that_is_gone_is_left_out_at_once() -> None:
     found = devices(4, 3, 2, 1)
     assert found.fault(3, False, 0.0) is None and found.choose() == Rung(4, 400)
+    assert found.fault(4, True, 0.0) is None  # there is no such rank
     assert found.fault(1, True, 1.0) == "device 1 is gone"
     assert found.choose() == Rung(3, 300) and found.used == [0, 2, 3] and found.is_degraded
     assert found.fault(1, True, 2.0) == "device 2 is gone"  # the rank's device, not the rank's number

@@ -1,6 +1,7 @@
 """What becomes of requests when an engine is lost: they go on in order, with nothing lost, repeated or taken of it."""
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -135,10 +136,10 @@ async def test_what_a_rank_has_found_is_the_fault(how: str, groups: Groups, capl
         for number in range(1, 4):  # more often than a request is taken for the cause
             (a,) = begun(client, request(f"a{number}"))
             runs(groups[-1], a.request.request_id)
-            groups[-1].progress.report(Finding(0, "weights", f"layers[{number}].norm.weight has changed"))
+            groups[-1].progress.report(Finding(number, "weights", "layers[0].norm.weight has changed"))
             await replaced(groups[-1], groups, how)
             await eventually(lambda: client.state == "ok")
-            assert f"rank 0, detector weights: layers[{number}].norm.weight has changed" in caplog.text
+            assert f"rank {number}, detector weights: layers[0].norm.weight has changed" in caplog.text
             client.end(a.request.request_id)
         groups[-1].step()
         (b,) = begun(client, request("b"))
@@ -167,6 +168,21 @@ async def test_an_engine_that_stands_still_is_replaced(groups: Groups) -> None:
         await asyncio.sleep(5 * TICK_S)
         assert len(groups) == 1 and client.state == "ok"
         first.progress.beat(0.01)
+        second = await groups.next()
+        await second.prove()
+        await eventually(lambda: client.state == "ok")
+
+
+async def test_a_rank_that_does_not_show_itself_is_found_though_there_is_no_work(groups: Groups) -> None:
+    async with connected(groups, step_deadline=2 * TICK_S, tensor_parallel_size=2) as (client, first):
+        first.pids = [os.getpid()] * 2
+        first.progress.beat(ENDLESS_S, ["a"])  # in a step rank 0 speaks for all
+        await asyncio.sleep(4 * TICK_S)
+        first.progress.beat(ENDLESS_S)
+        for _ in range(4):
+            first.progress.alive(1)
+            await asyncio.sleep(TICK_S)
+        assert len(groups) == 1 and client.state == "ok"
         second = await groups.next()
         await second.prove()
         await eventually(lambda: client.state == "ok")
