@@ -16,7 +16,7 @@ from octavo.models.memory import MAX_CHANGED_BLOCKS
 
 SLICE_BYTES = 1 << 20  # of a weight, that are looked at at once
 MAX_ARREARS_S = 0.02  # of scrubbing, that are made up for at once
-RECHECK_STEPS = 1000  # before a KV block that was looked at is looked at again
+RECHECK_STEPS = 256  # before a KV block that was looked at is looked at again
 MAX_DROPPED_BLOCKS = 4  # of a rank, before it is not trusted any more
 
 

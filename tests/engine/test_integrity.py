@@ -235,24 +235,16 @@ def test_another_ranks_block_that_has_changed_is_heard_of(
 
 def mixed_requests() -> list[GenerationRequest]:
     """Greedy and seeded, with penalties, edits and choices; they end by length and by a token."""
-    options: list[dict[str, object]] = [
-        {"temperature": 0.0},
-        {"temperature": 1.0, "seed": 7, "logprobs": 2},
-        {"temperature": 0.9, "seed": 8, "presence_penalty": 0.5, "frequency_penalty": 0.2, "repetition_penalty": 1.2},
-        {"temperature": 1.5, "seed": 9, "min_tokens": 10, "stop_token_ids": tuple(range(160)), "top_k": 50},
-        {
-            "temperature": 1.0,
-            "seed": 10,
-            "allowed_token_ids": (3, 5, 8),
-            "logit_bias": ((5, 0.5),),
-            "bad_words": ((3, 5),),
-        },
+    params = [
+        SamplingParams(40, temperature=0.0),
+        SamplingParams(40, seed=7, logprobs=2),
+        SamplingParams(40, seed=8, presence_penalty=0.5, frequency_penalty=0.2, repetition_penalty=1.2),
+        SamplingParams(40, seed=9, temperature=1.5, min_tokens=10, stop_token_ids=tuple(range(160)), top_k=50),
+        SamplingParams(40, seed=10, allowed_token_ids=(3, 5, 8), logit_bias=((5, 0.5),), bad_words=((3, 5),)),
     ]
     return [
-        GenerationRequest(
-            str(i), [(9 + i) * j % 320 for j in range(1, 20 + 17 * i)], SamplingParams(40, **o), n=1 + i % 2
-        )  # type: ignore[arg-type]
-        for i, o in enumerate(options)
+        GenerationRequest(str(i), [(9 + i) * j % 320 for j in range(1, 20 + 17 * i)], some, n=1 + i % 2)
+        for i, some in enumerate(params)
     ]
 
 
