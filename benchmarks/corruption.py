@@ -228,52 +228,67 @@ def clean(config: EngineConfig, num_steps: int) -> int:
     return done
 
 
-DETECTORS = ("all", "weights", "kv", "ranks")
+CHOICES, BLOCK_STEPS = 32, 16  # that decode; of a measurement, with a detector or without
+COST_TOKENS = 10 * BLOCK_STEPS + 8
 
 
-def cost(model: str, num_ranks: int, num_pairs: int) -> str:
-    """Prompts and decodes of 32 choices, again and again, with a detector and without in turns; by detector a line."""
+def cost(model: str, num_ranks: int, num_rounds: int) -> str:
+    """The time that detectors add to decodes, and what they take of the time by their own clocks, prefill included.
+
+    A round is prompts that begin alike and decodes of 32 choices. Of the latter, 16 steps with all detectors and 16
+    without take turns, and neighbours are compared.
+    """
     config = EngineConfig(model, device="cpu", tensor_parallel_size=num_ranks, max_model_len=512)
-    lines = ["| detector | time that it adds, median of pairs | quartiles |", "|---|---|---|"]
+    ratios, own_s, all_s, rng, count = [], {"weights": 0.0, "kv": 0.0}, 0.0, random.Random(0), itertools.count()
     with group_of(config) as group:
         engine, runners = group.engine, group.runners
         saved = [(r.weights._share, r.kv_checksums, r.replicas.interval) for r in runners]
-        rng, count = random.Random(0), itertools.count()
-        common = [rng.randrange(1000) for _ in range(64)]
+        common = [rng.randrange(1000) for _ in range(96)]
 
-        def measure(*detectors: str) -> float:
+        def steps(on: bool, number: int = BLOCK_STEPS) -> float:
             for runner, (share, kv_checksums, interval) in zip(runners, saved, strict=True):
-                runner.weights._share = share if "weights" in detectors else 0.0
-                runner.kv_checksums = kv_checksums if "kv" in detectors else None
-                runner.replicas.interval = interval if "ranks" in detectors else 0
-                if kv_checksums is not None:
-                    kv_checksums._checked_at -= RECHECK_STEPS  # hits are compared in each round
-            for _ in range(32):
-                prompt = [*common, *(rng.randrange(1000) for _ in range(64))]
-                params = SamplingParams(64, temperature=0.0)
-                engine.add(GenerationRequest(str(next(count)), prompt, params))
+                runner.weights._share, runner.weights._at_s = share * on, time.monotonic()
+                runner.kv_checksums = kv_checksums if on else None
+                runner.replicas.interval = interval * on
             begin_s = time.perf_counter()
-            while engine.has_work:
+            for _ in range(number):
                 engine.step()
             return time.perf_counter() - begin_s
 
-        measure(*DETECTORS)
-        for detector in DETECTORS[: 3 + (num_ranks > 1)]:
-            on = DETECTORS if detector == "all" else (detector,)
-            ratios = []
-            for pair in range(num_pairs):
-                order = [on, ()] if pair % 2 else [(), on]
-                seconds = {which: measure(*which) for which in order}
-                ratios.append(seconds[on] / seconds[()] - 1.0)
-            low, middle, high = statistics.quantiles(ratios, n=4)
-            lines.append(f"| {detector} | {100 * middle:+.2f} % | {100 * low:+.2f} to {100 * high:+.2f} % |")
-    return "\n".join(lines)
+        for _ in range(num_rounds):
+            for kv_checksums in (kv_checksums for _, kv_checksums, _ in saved if kv_checksums is not None):
+                kv_checksums._checked_at -= RECHECK_STEPS  # hits are compared in each round
+            for i in range(CHOICES):
+                prompt = [*common, *(rng.randrange(1000) for _ in range(32 + i))]
+                params = SamplingParams(COST_TOKENS, temperature=0.0)
+                engine.add(GenerationRequest(str(next(count)), prompt, params))
+            before = engine.stats()
+            begin_s = time.perf_counter()
+            while engine.scheduler.num_decodes_and_prefills() != (CHOICES, 0):
+                steps(True, 1)
+            for pair in range(4):
+                first = pair % 2 == 0
+                seconds = {on: steps(on) for on in (first, not first)}
+                ratios.append(seconds[True] / seconds[False] - 1.0)
+                begin_s += seconds[False]
+            after = engine.stats()
+            all_s += time.perf_counter() - begin_s
+            own_s["weights"] += after.weight_check_s - before.weight_check_s
+            own_s["kv"] += after.kv_check_s - before.kv_check_s
+            while engine.has_work:
+                engine.step()
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    own = ", ".join(f"{name} {100 * seconds / all_s:.2f} %" for name, seconds in own_s.items())
+    return (
+        f"{num_ranks} ranks: detectors add {100 * middle:+.2f} % to decodes, quartiles {100 * low:+.2f} and "
+        f"{100 * high:+.2f} %, {len(ratios)} pairs; by rank 0's clocks, prefill included: {own}"
+    )
 
 
 def table(outcomes: list[Outcome]) -> str:
     """By site and number of ranks, as Markdown."""
     lines = [
-        "| ranks | compared every | site | flips | benign | found by | wrong tokens before | escaped | then by audits |",
+        "| ranks | compared every | site | flips | benign | found by | wrong tokens before | escaped | by audits |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for ranks, interval, site in sorted({(o.ranks, o.interval, SITES.index(o.site)) for o in outcomes}):
