@@ -27,7 +27,7 @@ from octavo.kernels import backend
 from octavo.kernels.activation_mul import silu_mul
 from octavo.kernels.all_reduce import all_reduce
 from octavo.kernels.checks import compute_dtypes
-from octavo.kernels.checksum import checksum
+from octavo.kernels.checksum import Rows, checksum
 from octavo.kernels.embedding import embedding
 from octavo.kernels.matmul import PackedWeight, empty_packed, gated_matmul, matmul
 from octavo.kernels.matmul_4bit import (
@@ -292,7 +292,8 @@ def _checksum(shape: Shape, load: Load, dtype: torch.dtype) -> Work:
     def prepare() -> Callable[[], object]:
         rows = _random((8, shape.hidden * shape.intermediate // 8), dtype)
         out = torch.empty(len(rows), dtype=torch.int64, device=rows.device)
-        return lambda: checksum([rows], out)
+        memory = Rows([rows])
+        return lambda: checksum(memory, out)
 
     return Work("checksum, of a weight", shape.hidden * shape.intermediate * dtype.itemsize, 0, prepare)
 

@@ -23,41 +23,54 @@ class _Args(Args):
         ("out", ctypes.c_void_p),
         ("together", ctypes.c_int64),
     ]
-    addresses: object  # of the parts: what `parts` points to
+    memory: object  # whose `addresses` `parts` points to
 
 
-def checksum(parts: Sequence[Tensor], out: Tensor, index: Tensor | None = None) -> Tensor:
-    """Of row i of all parts, one after the other, a checksum in out[i]; with an index of row index[i].
+class Rows:
+    """Memory to take checksums of: row i is row i of all parts, one after the other. To be made once and kept.
 
-    parts: alike, [rows, ...] of any dtype, rows dense; index: [n] int64; out: int64, [n] or [rows], or [] for one
-    checksum of all rows. Returns out.
+    Raises ValueError unless the parts are alike, [rows, ...] of any dtype, their rows dense.
+    """
+
+    def __init__(self, parts: Sequence[Tensor]) -> None:
+        first = parts[0]
+        for part in parts:
+            check(part, "parts", first.shape, first.dtype, contiguous=False)
+            if part.stride() != first.stride() or not part[0].is_contiguous():
+                raise ValueError(f"parts: strides are {part.stride()}, expected dense rows, as far apart in all parts")
+        self.parts = parts
+        self.addresses = (ctypes.c_void_p * len(parts))(*map(address, parts))
+        self.row_bytes, self.row_stride = first[0].nbytes, first.stride(0) * first.itemsize
+
+    def __len__(self) -> int:
+        return self.parts[0].shape[0]
+
+
+def checksum(rows: Rows, out: Tensor, index: Tensor | None = None) -> Tensor:
+    """A checksum of row i in out[i]; with an index of row index[i].
+
+    index: [n] int64; out: int64, [n] or [rows], or [] for one checksum of all rows. Returns out.
 
     No flip of one bit leaves a checksum as it was, nor do two flips within 4096 bytes of a row's part. Other changes do
     by a chance of about 2^-32 where they lie in 4096 bytes, of 2^-64 elsewhere. Raises ValueError on a wrong argument.
     """
-    first, together = parts[0], out.dim() == 0
-    for part in parts:
-        check(part, "parts", first.shape, first.dtype, contiguous=False)
-        if part.stride() != first.stride() or not part[0].is_contiguous():
-            raise ValueError(f"parts: strides are {part.stride()}, expected dense rows, as far apart in all parts")
-    rows = first.shape[0]
+    together, count = out.dim() == 0, len(rows)
     if index is not None:
         check(index, "index", (None,), torch.int64)
-        rows = index.shape[0]
-    check(out, "out", () if together else (rows,), torch.int64)
+        count = index.shape[0]
+    check(out, "out", () if together else (count,), torch.int64)
     if kernels() != "native":
-        return out.copy_(reference.checksum(parts, index, together))
-    addresses = (ctypes.c_void_p * len(parts))(*map(address, parts))
+        return out.copy_(reference.checksum(rows.parts, index, together))
     args = _Args(
-        rows,
-        ctypes.addressof(addresses),
-        len(parts),
-        first[0].nbytes,
-        first.stride(0) * first.itemsize,
+        count,
+        ctypes.addressof(rows.addresses),
+        len(rows.parts),
+        rows.row_bytes,
+        rows.row_stride,
         address(index),
         address(out),
         together,
     )
-    args.addresses = addresses
+    args.memory = rows
     launch("octavo_checksum", args)
     return out

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.backend import device
-from octavo.kernels.checksum import checksum
+from octavo.kernels.checksum import Rows, checksum
 from octavo.kernels.ranks import Ranks, buffer_bytes
 from octavo.models.config import ModelConfig
 from octavo.models.shard import Shard
@@ -153,7 +153,7 @@ class Activations:
     def check(self) -> None:
         """Take a checksum of what must be the same on every rank, if this pass is checked."""
         if self.checks is not None:
-            checksum([self.hidden, self.normed], next(self.checks))
+            checksum(Rows([self.hidden, self.normed]), next(self.checks))
 
 
 def activation_widths(config: ModelConfig) -> tuple[int, int, int, int, int, int]:

@@ -34,6 +34,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "tensor_parallel_size": (1, 8),
     "weight_scrub": (0, 0.5),
     "rank_check_interval": (0, inf),
+    "audit": (0, 1),
     "step_deadline": (0, 86400),
     "max_recovery_time": (0, 86400),
     "max_faults": (0, 10**6),

@@ -71,6 +71,9 @@ class EngineConfig:
     rank_check_interval: int = flag(
         16, "steps after which ranks compare the residual streams that each of them computes; 0: never"
     )
+    audit: float = flag(
+        0.0, "share of the choices whose tokens are computed again after their end, when there is room, and compared"
+    )
 
     faults: str = field(default="", metadata={"hidden": True})  # folder of `engine.faults`, for tests alone
 

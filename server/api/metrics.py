@@ -34,7 +34,12 @@ _PREEMPTIONS = (1, 2, 3, 4, 5, 10, 20)
 _FINISH_REASONS = ("stop", "length", "abort", "error")
 _LABELS = ("model_name", "engine")
 # detector -> the field of EngineStats that says how much it has looked at, and that for how long it took
-_CHECKED = {"weights": "weight_slices_checked", "kv": "kv_blocks_checked", "ranks": "rank_steps_checked"}
+_CHECKED = {
+    "weights": "weight_slices_checked",
+    "kv": "kv_blocks_checked",
+    "ranks": "rank_steps_checked",
+    "audit": "tokens_audited",
+}
 _CHECK_S = {"weights": "weight_check_s", "kv": "kv_check_s"}
 
 Family = TypeVar("Family", Counter, Gauge)

@@ -85,6 +85,7 @@ class EngineStats:
     prefix_cache_hits: int = 0  # tokens
     num_preemptions: int = 0
     kv_blocks_dropped: int = 0  # cached ones, whose content had changed
+    tokens_audited: int = 0  # output tokens, computed again after their choice had ended
     prompt_tokens_computed: int = 0  # by local computation, recomputation after preemption not counted
     prompt_tokens_cached: int = 0
     generation_tokens: int = 0
@@ -117,6 +118,7 @@ COUNTERS = (
     "generation_tokens",
     "step",
     "kv_blocks_dropped",
+    "tokens_audited",
     "weight_slices_checked",
     "weight_check_s",
     "kv_blocks_checked",

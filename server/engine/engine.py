@@ -39,6 +39,7 @@ from octavo.server.config import GIB, MIB, EngineConfig
 from octavo.server.engine.channel import EngineInfo, EngineStats, RankInfo
 from octavo.server.engine.devices import Rung
 from octavo.server.engine.faults import Faults, is_dead
+from octavo.server.engine.integrity import Corruption
 from octavo.server.engine.pacing import ROW_TILE, Pacer
 from octavo.server.engine.peers import Leader, Place
 from octavo.server.engine.plan import StepPlan
@@ -210,6 +211,8 @@ class Rank:
         """Allocates nothing yet."""
         self._config, self._place = config, place
         choose_device(config, place.device)
+        if config.audit and config.exactness == "fast":
+            raise StartupError("--audit compares bits, which --exactness fast does not promise")
         self.num_threads = max(1, len(os.sched_getaffinity(0)) // place.num_local_ranks)
         set_num_threads(self.num_threads)
         torch.set_grad_enabled(False)
@@ -354,6 +357,7 @@ class Engine:
             max_model_len=rank.max_model_len,
             enable_prefix_caching=config.enable_prefix_caching,
             epoch=place.epoch,
+            audit=config.audit,
         )
         row_tile = GPU_ROW_TILE if backend.device().type == "cuda" else ROW_TILE
         self._pacer = Pacer(config.max_num_batched_tokens, row_tile)
@@ -407,6 +411,8 @@ class Engine:
         self.before_step(self._pacer.expected_s(num_decodes, num_prefill_tokens), self.scheduler.request_ids(plan))
         self._leader.broadcast(plan)
         deltas = self.scheduler.apply(self.runner.execute(plan), plan)
+        if self.scheduler.audit_failure:
+            raise Corruption("audit", self.scheduler.audit_failure, 0 if len(self.info.ranks) == 1 else None)
         self._step_s = time.monotonic() - begin
         self._pacer.observe(num_decodes, num_prefill_tokens, self._step_s)
         return deltas

@@ -53,7 +53,7 @@ class Fault:
 # unreadable: what it sends makes no sense; wrong: a known answer came out differently; corrupt: bits have changed;
 # regrown: nothing is wrong, but devices are back
 REASONS = ("startup", "died", "failed", "stalled", "unreadable", "wrong", "corrupt", "regrown")
-DETECTORS = ("weights", "kv", "ranks", "known_answer")  # of changed bits
+DETECTORS = ("weights", "kv", "ranks", "audit", "known_answer")  # of changed bits
 
 
 class Epoch(asyncio.Protocol):

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.backend import device
-from octavo.kernels.checksum import checksum
+from octavo.kernels.checksum import Rows, checksum
 from octavo.kernels.ranks import Ranks
 from octavo.models.memory import MAX_CHANGED_BLOCKS
 
 SLICE_BYTES = 1 << 20  # of a weight, that are looked at at once
 MAX_ARREARS_S = 0.02  # of scrubbing, that are made up for at once
-RECHECK_STEPS = 1000  # before a KV block that was looked at is looked at again
+RECHECK_STEPS = 256  # before a KV block that was looked at is looked at again
 MAX_DROPPED_BLOCKS = 4  # of a rank, before it is not trusted any more
 
 
@@ -39,9 +39,7 @@ class WeightScrub:
     def __init__(self, tensors: Mapping[str, Tensor], share: float) -> None:
         """tensors: what never changes, by name; share: of the time, to be spent on looking at them; 0: none."""
         self._share = share if tensors else 0.0
-        self._slices: list[
-            tuple[str, int, Tensor, Tensor]
-        ] = []  # name, where, bytes [slices, size], checksums [slices]
+        self._slices: list[tuple[str, int, Rows, Tensor]] = []  # name, first byte, slices, their checksums
         if self._share:
             for name, tensor in tensors.items():
                 data = tensor.view(-1).view(torch.uint8)
@@ -49,9 +47,10 @@ class WeightScrub:
                 for begin, part in ((0, data[:whole].view(-1, SLICE_BYTES)), (whole, data[None, whole:])):
                     if part.numel():
                         sums = torch.empty(len(part), dtype=torch.int64, device=device())
-                        self._slices.append((name, begin, part, checksum([part], sums)))
+                        rows = Rows([part])
+                        self._slices.append((name, begin, rows, checksum(rows, sums)))
         self._next = cycle((part, i) for part in self._slices for i in range(len(part[3])))
-        self._found = torch.empty(1, dtype=torch.int64, device=device())
+        self._index, self._found = (torch.zeros(1, dtype=torch.int64, device=device()) for _ in range(2))
         self._due_s, self._at_s = 0.0, time.monotonic()
         self.num_checked = 0  # slices
         self.seconds = 0.0
@@ -77,11 +76,12 @@ class WeightScrub:
 
     def check_next(self) -> None:
         """Look at the next slice. Raises Corruption."""
-        (name, begin, part, sums), i = next(self._next)
+        (name, begin, rows, sums), i = next(self._next)
         self.num_checked += 1
-        if not torch.equal(checksum([part[i : i + 1]], self._found), sums[i : i + 1]):
+        self._index[0] = i
+        if not torch.equal(checksum(rows, self._found, self._index), sums[i : i + 1]):
             begin += i * SLICE_BYTES
-            raise Corruption("weights", f"{name} has changed, within bytes {begin} to {begin + part.shape[1]}")
+            raise Corruption("weights", f"{name} has changed, within bytes {begin} to {begin + rows.row_bytes}")
 
 
 class KvChecksums:
@@ -92,7 +92,7 @@ class KvChecksums:
 
     def __init__(self, kv_caches: list[Tensor], changed: Tensor, ranks: Ranks) -> None:
         """changed: [1 + MAX_CHANGED_BLOCKS] int64, a buffer of `ranks`: how many blocks, and which."""
-        self._kv_caches, self._changed, self._ranks = kv_caches, changed, ranks
+        self._rows, self._changed, self._ranks = Rows(kv_caches), changed, ranks
         num_blocks = len(kv_caches[0])
         self._sums = torch.zeros(num_blocks, dtype=torch.int64)
         self._checked_at = np.zeros(num_blocks, np.int64)  # the step
@@ -138,7 +138,7 @@ class KvChecksums:
         return sorted(found)
 
     def _sums_of(self, blocks: np.ndarray) -> Tensor:
-        return checksum(self._kv_caches, torch.empty(len(blocks), dtype=torch.int64), torch.from_numpy(blocks))
+        return checksum(self._rows, torch.empty(len(blocks), dtype=torch.int64), torch.from_numpy(blocks))
 
     def _count(self, blocks: np.ndarray, step: int, begin_s: float) -> None:
         self._checked_at[blocks] = step

@@ -20,6 +20,9 @@ class NewChoice:
     num_prompt_tokens: int
     params: SamplingParams
     scores_prompt: bool  # params.prompt_logprobs are wanted
+    is_audit: bool = (
+        False  # the tokens behind the prompt are all known; what would be sampled in their places is wanted
+    )
 
 
 @dataclass(slots=True)
@@ -49,3 +52,5 @@ class StepResult:
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
     failed: list[int] = field(default_factory=list)  # plan indices whose logits were not finite
     changed_blocks: list[int] = field(default_factory=list)  # cached blocks whose content is not what it was
+    # plan index of an audit -> what is sampled in the place of each token behind the prompt that this step leads to
+    audited: dict[int, list[int]] = field(default_factory=dict)

@@ -92,6 +92,7 @@ class Runner:
         # Slots with options that need a look at each step: logit_bias, allowed_token_ids, bad_words, min_tokens.
         self._special: set[int] = set()
         self._wants_prompt_logprobs: set[int] = set()
+        self._audits: set[int] = set()
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step. Raises nothing for a single choice's sake: non-finite logits fail that choice alone.
@@ -117,6 +118,8 @@ class Runner:
         result = StepResult(plan.epoch, plan.step)
         for index in self._prompt_logprob_indices(plan):
             self._prompt_logprobs(result, plan, index, hidden[ends[index] - nums[index] : ends[index]])
+        for index in [i for i, slot in enumerate(plan.slots) if slot in self._audits]:
+            self._audit(result, plan, index, hidden[ends[index] - nums[index] : ends[index]])
         if len(sampled):
             hidden = hidden.index_select(0, self._inputs.part("sampled", len(sampled)))
             self._sample(result, sampled, slots, starts + nums, hidden)
@@ -192,6 +195,7 @@ class Runner:
         special = params.logit_bias or params.allowed_token_ids or params.bad_words or params.min_tokens
         (self._special.add if special else self._special.discard)(slot)
         (self._wants_prompt_logprobs.add if choice.scores_prompt else self._wants_prompt_logprobs.discard)(slot)
+        (self._audits.add if choice.is_audit else self._audits.discard)(slot)
 
     def _fill_batch(
         self, slots: np.ndarray, starts: np.ndarray, nums: np.ndarray, ends: np.ndarray, sampled: np.ndarray
@@ -322,6 +326,22 @@ class Runner:
             result.prompt_logprobs[index] = found
         else:
             result.failed.append(index)
+
+    def _audit(self, result: StepResult, plan: StepPlan, index: int, hidden: torch.Tensor) -> None:
+        """What is sampled after each position from the prompt's last on, whatever the token there is."""
+        slot, start, end = plan.slots[index], plan.starts[index], plan.starts[index] + plan.nums[index]
+        begin = max(start, int(self._rows[slot]["prompt_len"]) - 1)
+        if begin >= end:
+            return
+        rows = np.repeat(self._rows[slot : slot + 1], end - begin)
+        rows["total_len"], rows["num_top"] = np.arange(begin, end) + 1, -1
+        edits, allowed, _ = self._edits(rows)
+        found: list[int] = []
+        for at in range(0, len(rows), LOGITS_ROWS):
+            out = self._sample_rows(hidden[begin - start + at :], rows[at : at + LOGITS_ROWS], edits, allowed)
+            if out is not None:
+                found += out.token_ids.tolist()
+        result.audited[index] = found
 
     def warm_up(self, num_tokens: int) -> float:
         """Touch what a step uses: one prefill of `num_tokens` tokens and one decode, on blocks that nobody owns yet.

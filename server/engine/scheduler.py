@@ -14,13 +14,15 @@ Steps may be planned ahead of the results of earlier ones. What a planned step u
 applied: a choice that ends or is preempted meanwhile *leaves*, keeping slot and blocks until its last planned step is.
 """
 
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass, field
 
 from octavo.server.engine.block_pool import BlockPool
 from octavo.server.engine.plan import NewChoice, StepPlan, StepResult
 from octavo.server.engine.prefix_cache import PrefixCache, extend_hashes
 from octavo.server.engine.request import Delta, FinishReason, GenerationRequest, TokenLogprobs
+
+MAX_AUDITS = 256  # that wait; past it the oldest is left out
 
 
 @dataclass(slots=True, eq=False)
@@ -44,6 +46,7 @@ class _Choice:
     num_void: int = 0  # of these, the next ones, whose results are not to be taken
     num_inserted: int = 0  # leading blocks that the prefix cache has seen
     num_prompt_counted: int = 0  # prompt tokens that the statistics have seen, so that recomputation is not counted
+    is_audit: bool = False  # of a choice that has ended: its tokens are known, and computed again to be compared
     leaving: bool = False
     finished: bool = False
     announced: bool = False  # the first delta is out
@@ -58,8 +61,8 @@ class _Choice:
 
     @property
     def reads_cache(self) -> bool:
-        """Prompt logprobs need the hidden state of every prompt token, so they need every one computed."""
-        return self.prompt_logprobs is None
+        """Prompt logprobs need the hidden state of every prompt token, so every one is computed; of audits, too."""
+        return self.prompt_logprobs is None and not self.is_audit
 
     @property
     def scores_prompt(self) -> bool:
@@ -84,7 +87,9 @@ class Scheduler:
         max_model_len: int,
         enable_prefix_caching: bool,
         epoch: int = 0,
+        audit: float = 0.0,
     ) -> None:
+        """audit: share of the choices that are computed again after their end, when there is room for it."""
         if num_blocks * block_size < max_model_len:
             raise ValueError(f"{num_blocks} blocks of {block_size} tokens cannot hold max_model_len {max_model_len}")
         self._block_size = block_size
@@ -102,6 +107,11 @@ class Scheduler:
         self._awaiting: dict[bytes, list[_Choice]] = {}  # hash in _computing -> choices deferred for it, in order
         self._slots: list[_Choice | None] = [None] * max_num_seqs
         self._free_slots = list(range(max_num_seqs))[::-1]
+        self._audit_share, self._audits_due = audit, 0.0
+        self._to_audit: deque[_Choice] = deque(maxlen=MAX_AUDITS)
+        self._audit: _Choice | None = None  # the one that runs
+        self.audit_failure = ""  # what was found in the first one that went wrong
+        self._tokens_audited = 0
         self._num_requests = 0
         self._num_planned_steps = 0
         self._step = 0
@@ -116,8 +126,8 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether a choice has not ended. If so, and every planned step is applied, `plan_step` gives a plan."""
-        return bool(self._choices)
+        """Whether there is anything to compute. If so, and every planned step is applied, `plan_step` gives a plan."""
+        return bool(self._choices or self._to_audit or self._audit)
 
     def num_decodes_and_prefills(self) -> tuple[int, int]:
         """Choices of which the next step could compute one token and no more; others that run, or could.
@@ -130,7 +140,8 @@ class Scheduler:
             head = next(iter(self._waiting))
             if not self._fits(head, []) and not self._fits(head, self._match(head)):
                 num_waiting = 0
-        return num_decodes, len(self._running) - num_decodes + num_waiting
+        num_audits = bool(self._to_audit and not self._audit)
+        return num_decodes, len(self._running) - num_decodes + num_waiting + num_audits
 
     def add(self, request: GenerationRequest, committed: dict[int, list[int]] | None = None) -> None:
         """Queues the choices of a valid request whose id is not in use.
@@ -229,6 +240,8 @@ class Scheduler:
             if not num:
                 break
             budget -= num
+        if budget and self._to_audit and not (self._audit or self._waiting or self._deferred) and self._free_slots:
+            self._begin_audit(plan, budget, now_s)
         if not plan.slots:
             return None
         self._num_planned_steps += 1
@@ -253,6 +266,8 @@ class Scheduler:
             choice.num_unknown -= samples
             if choice.num_void:
                 choice.num_void -= 1
+            elif choice.is_audit and not choice.finished:
+                self._commit_audit(choice, start, num, index, result)
             elif not choice.finished:
                 delta = self._commit(choice, start + num, new_token_ids, index, result)
                 if delta is not None:
@@ -262,8 +277,12 @@ class Scheduler:
         return deltas
 
     def request_ids(self, plan: StepPlan) -> list[str]:
-        """The requests in a planned step that is not applied yet; one with several choices may come as often."""
-        return [choice.request.request_id for slot in plan.slots if (choice := self._slots[slot]) is not None]
+        """The requests in a planned step that is not applied yet; one with several choices may come as often.
+
+        Those that are audited have ended.
+        """
+        choices = (self._slots[slot] for slot in plan.slots)
+        return [choice.request.request_id for choice in choices if choice is not None and not choice.is_audit]
 
     def stats(self) -> dict[str, int]:
         """The fields of `channel.EngineStats` that the scheduler knows: those of steps and of ranks are others'."""
@@ -276,6 +295,7 @@ class Scheduler:
             "prefix_cache_hits": self._prefix_cache_hits,
             "num_preemptions": self._num_preemptions,
             "kv_blocks_dropped": self._kv_blocks_dropped,
+            "tokens_audited": self._tokens_audited,
             "prompt_tokens_computed": self._prompt_tokens_computed,
             "prompt_tokens_cached": self._prompt_tokens_cached,
             "generation_tokens": self._generation_tokens,
@@ -300,6 +320,7 @@ class Scheduler:
                 assert num_refs[block] == 1, f"block {block} is written by one of {num_refs[block]} owners"
         places = (self._waiting, self._deferred, self._running)
         live = {choice for choices in self._choices.values() for choice in choices.values()}
+        live |= {self._audit} if self._audit is not None and not self._audit.leaving else set()
         assert sum(map(len, places)) == len(live), "a choice is in no place or in two"
         assert live == {choice for place in places for choice in place}, "a place holds a choice that has ended"
         for block_hash, choice in self._computing.items():
@@ -320,11 +341,51 @@ class Scheduler:
         while num_new_blocks > self._pool.num_free:
             if any(holder is not None and holder.leaving for holder in self._slots):
                 return False
-            newest = next(reversed(self._running))
+            newest = self._audit or next(reversed(self._running))
             self._preempt(newest)
             if newest is choice:
                 return False
         return True
+
+    def _begin_audit(self, plan: StepPlan, budget: int, now_s: float) -> None:
+        """Admits a copy of a choice that has ended, if there are blocks for it; what it computes nobody gets."""
+        ended = self._to_audit[0]
+        audit = _Choice(
+            request=ended.request,
+            index=ended.index,
+            salt="",
+            token_ids=ended.token_ids,
+            hashes=[],
+            num_prompt_tokens=ended.num_prompt_tokens,
+            max_len=len(ended.token_ids),
+            num_computable=len(ended.token_ids) - 1,
+            num_prompt_counted=ended.num_prompt_tokens,
+            is_audit=True,
+            announced=True,
+        )
+        self._waiting[audit] = None
+        if self._admit(plan, audit, [], budget, now_s):
+            self._to_audit.popleft()
+            self._audit = audit
+        else:
+            del self._waiting[audit]
+            if not self._running:  # it will never fit: it was longer than what is free when nothing runs
+                self._to_audit.popleft()
+
+    def _commit_audit(self, audit: _Choice, start: int, num: int, index: int, result: StepResult) -> None:
+        """Compares what a step, of which the audit was the entry `index`, has found to be the next tokens."""
+        begin, name = max(start + 1, audit.num_prompt_tokens), f"request {audit.request.request_id}"
+        found, known = result.audited.get(index, []), audit.token_ids[begin : start + num + 1]
+        self._tokens_audited += len(found)
+        if index in result.failed or found != known:
+            differs = (i for i, pair in enumerate(zip(found, known, strict=False)) if pair[0] != pair[1])
+            at = begin + next(differs, 0) - audit.num_prompt_tokens
+            self.audit_failure = (
+                f"output token {at} of choice {audit.index} of {name} is another one when computed again"
+            )
+        if self.audit_failure or start + num == audit.num_computable:
+            self._audit = None
+            self._end_running(audit)
 
     def _num_reusable(self, choice: _Choice) -> int:
         """Leading blocks that may come from the cache. The last token is computed: the choice waits for its logits."""
@@ -364,7 +425,7 @@ class Scheduler:
         0: not now, because the blocks of its tokens are not all free.
         """
         start = len(matched) * self._block_size
-        num = min(len(choice.token_ids) - start, budget)
+        num = min(min(len(choice.token_ids), choice.num_computable) - start, budget)
         if not self._fits(choice, matched):
             return 0
         for block in matched:
@@ -387,6 +448,7 @@ class Scheduler:
                 choice.num_prompt_tokens,
                 choice.request.params,
                 choice.scores_prompt,
+                choice.is_audit,
             )
         )
         self._plan_choice(plan, choice, num, self._num_blocks_for(start + num) - len(matched), matched)
@@ -415,13 +477,17 @@ class Scheduler:
         plan.nums.append(num)
         choice.num_planned += num
         num_tokens = len(choice.token_ids) + choice.num_unknown
-        samples = choice.num_planned == num_tokens and choice.request.params.max_tokens > 0
+        samples = choice.num_planned == num_tokens and choice.request.params.max_tokens > 0  # never in an audit
         plan.samples.append(samples)
         choice.num_unknown += samples
         choice.num_in_flight += 1
 
     def _preempt(self, choice: _Choice) -> None:
         """Has a running choice wait, since others need its blocks."""
+        if choice.is_audit:
+            self._audit = None
+            self._end_running(choice)
+            return
         self._num_preemptions += 1
         choice.num_preemptions += 1
         self._send_back(choice)
@@ -434,7 +500,7 @@ class Scheduler:
         self._kv_blocks_dropped += len(blocks)
         self._cache.clear()
         for choice in reversed([*self._running]):
-            if not set(blocks).isdisjoint(choice.blocks):
+            if not choice.is_audit and not set(blocks).isdisjoint(choice.blocks):
                 choice.num_void = choice.num_in_flight
                 self._send_back(choice)
 
@@ -464,13 +530,21 @@ class Scheduler:
                 self._put_first(choice)
 
     def _end(self, choice: _Choice) -> None:
-        choice.finished = True
+        if self._audit_share and len(choice.token_ids) > choice.num_prompt_tokens:
+            self._audits_due += self._audit_share
+            if self._audits_due >= 1.0:
+                self._audits_due -= 1.0
+                self._to_audit.append(choice)
         choices = self._choices[choice.request.request_id]
         del choices[choice.index]
         if not choices:
             del self._choices[choice.request.request_id]
         self._waiting.pop(choice, None)
         self._deferred.pop(choice, None)
+        self._end_running(choice)
+
+    def _end_running(self, choice: _Choice) -> None:
+        choice.finished = True
         if choice in self._running:
             del self._running[choice]
             self._stop_computing(choice)

@@ -4,6 +4,7 @@ import random
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,13 +55,14 @@ def greedy(name: str, prompt: list[int], max_tokens: int = 8) -> GenerationReque
 
 
 def run(engine: Engine, *requests: GenerationRequest) -> dict[str, list[int]]:
-    """The tokens of requests that are added at once."""
-    found: dict[str, list[int]] = {request.request_id: [] for request in requests}
+    """The tokens of requests that are added at once; of choices but the first by another name."""
+    found: dict[str, list[int]] = {}
     for request in requests:
         engine.add(request)
     while engine.has_work:
         for delta in engine.step():
-            found[delta.request_id] += delta.token_ids
+            name = delta.request_id + (f" {delta.choice_index}" if delta.choice_index else "")
+            found.setdefault(name, []).extend(delta.token_ids)
     engine.scheduler.check()
     return found
 
@@ -230,6 +232,58 @@ def test_another_ranks_block_that_has_changed_is_heard_of(
         BitFlips(other, seed=3).kv(engine.scheduler._cache.match(engine.scheduler._cache._blocks)[:5])
         assert run(engine, greedy("b", prompt))["b"] == want
         assert engine.stats().kv_blocks_dropped == 1
+
+
+def mixed_requests() -> list[GenerationRequest]:
+    """Greedy and seeded, with penalties, edits and choices; they end by length and by a token."""
+    params = [
+        SamplingParams(40, temperature=0.0),
+        SamplingParams(40, seed=7, logprobs=2),
+        SamplingParams(40, seed=8, presence_penalty=0.5, frequency_penalty=0.2, repetition_penalty=1.2),
+        SamplingParams(40, seed=9, temperature=1.5, min_tokens=10, stop_token_ids=tuple(range(160)), top_k=50),
+        SamplingParams(40, seed=10, allowed_token_ids=(3, 5, 8), logit_bias=((5, 0.5),), bad_words=((3, 5),)),
+    ]
+    return [
+        GenerationRequest(str(i), [(9 + i) * j % 320 for j in range(1, 20 + 17 * i)], some, n=1 + i % 2)
+        for i, some in enumerate(params)
+    ]
+
+
+@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=NATIVE)])
+def test_audits_find_nothing_where_nothing_is_wrong(num_ranks: int, config: Callable[..., EngineConfig]) -> None:
+    with engine_of(config(num_ranks=num_ranks)) as engine:
+        want = run(engine, *mixed_requests())
+    with engine_of(config(num_ranks=num_ranks, audit=1.0)) as engine:
+        assert run(engine, *mixed_requests()) == want
+        assert engine.stats().tokens_audited == sum(map(len, want.values())) > 200
+        assert engine.stats().num_blocks_used == 0
+
+
+def test_an_audit_finds_a_token_that_was_wrong(config: Callable[..., EngineConfig], runners: list[Runner]) -> None:
+    num_wrong = 0
+    with engine_of(config()) as engine:
+        want = run(engine, greedy("a", [5, 6, 7], 20))
+    for seed in range(12):
+        with engine_of(config(audit=1.0)) as engine:
+            flips = BitFlips(engine.runner, seed)
+            engine.add(greedy("a", [5, 6, 7], 20))
+            found: list[int] = []
+            try:
+                while engine.has_work:
+                    if len(found) == 10:
+                        flips.logits()
+                    deltas = engine.step()
+                    found += [token_id for delta in deltas for token_id in delta.token_ids]
+                    if any(delta.finish_reason == "error" for delta in deltas):
+                        break
+            except Corruption as error:
+                assert (error.detector, error.rank) == ("audit", 0)
+                assert str(error) == "output token 10 of choice 0 of request a is another one when computed again"
+                assert len(found) == 20 and found[10] != want["a"][10]
+                num_wrong += 1
+            else:
+                assert len(found) < 20 or found == want["a"]
+    assert num_wrong
 
 
 def test_a_finding_is_seen_by_the_other_side() -> None:

@@ -1055,3 +1055,61 @@ def test_a_choice_that_ends_while_its_block_changes_ends() -> None:
     scheduler.abort("a")
     assert apply(scheduler, plan, [51], changed_blocks=[0]) == []
     assert not scheduler.has_work and not scheduler.stats()["num_blocks_used"]
+
+
+# Audits
+
+
+def audited(plan: StepPlan, *token_ids: int) -> dict[str, Any]:
+    """What a rank finds to be next, of the only entry."""
+    assert [new.is_audit for new in plan.new_choices] in ([True], [])
+    return {"audited": {0: list(token_ids)}}
+
+
+def test_a_share_of_the_choices_is_computed_again_when_there_is_room() -> None:
+    scheduler = make(audit=0.5)
+    for name in "abcd":
+        scheduler.add(request(name, 6, max_tokens=2))
+        step(scheduler, 50)
+        plan, deltas = step(scheduler, 51)
+        assert ends(deltas) == [(name, 0, FinishReason.LENGTH)]
+        assert scheduler.has_work == (name in "bd")
+        if name in "bd":
+            plan = plan_of(scheduler)
+            (new,) = plan.new_choices
+            assert (new.token_ids[6:], new.num_prompt_tokens, new.is_audit) == ([50, 51], 6, True)
+            assert columns(plan)[0][1:] == (0, 7, False) and scheduler.request_ids(plan) == []
+            assert apply(scheduler, plan, **audited(plan, 50, 51)) == []
+    assert scheduler.stats()["tokens_audited"] == 4 and not scheduler.audit_failure
+    assert not scheduler.has_work and not scheduler.stats()["num_blocks_used"]
+
+
+def test_an_audit_in_chunks_says_which_token_is_another() -> None:
+    scheduler = make(audit=1.0, max_num_batched_tokens=4)
+    scheduler.add(request("a", 3, max_tokens=5))
+    for token_id in (50, 51, 52, 53, 54):
+        step(scheduler, token_id)
+    plan = plan_of(scheduler)
+    assert columns(plan)[0][1:3] == (0, 4)
+    apply(scheduler, plan, **audited(plan, 50, 51))
+    plan = plan_of(scheduler)
+    assert columns(plan)[0][1:3] == (4, 3)
+    apply(scheduler, plan, **audited(plan, 52, 55, 54))
+    assert scheduler.audit_failure == "output token 3 of choice 0 of request a is another one when computed again"
+
+
+def test_an_audit_gives_way() -> None:
+    scheduler = make(audit=1.0, num_blocks=8, max_model_len=32, max_num_batched_tokens=4)
+    scheduler.add(request("a", 14, max_tokens=2))
+    while scheduler._choices:
+        step(scheduler)
+    scheduler.add(request("b", 3, max_tokens=1))
+    plan = plan_of(scheduler)
+    assert not any(new.is_audit for new in plan.new_choices[:1])  # what waits comes first
+    apply(scheduler, plan)
+    scheduler.add(request("c", 24, max_tokens=8))
+    while scheduler._choices:  # the audit holds blocks that c needs in the end
+        step(scheduler)
+    assert scheduler.stats()["num_preemptions"] == 0
+    drain(scheduler)
+    assert not scheduler.has_work and not scheduler.stats()["num_blocks_used"]

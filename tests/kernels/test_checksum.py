@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from octavo.kernels import reference
-from octavo.kernels.checksum import checksum
+from octavo.kernels.checksum import Rows, checksum
 
 
 def memory(rows: int, row_bytes: int, seed: int = 0) -> torch.Tensor:
@@ -15,7 +15,7 @@ def memory(rows: int, row_bytes: int, seed: int = 0) -> torch.Tensor:
 
 
 def sums_of(parts: list[torch.Tensor]) -> list[int]:
-    return checksum(parts, torch.empty(len(parts[0]), dtype=torch.int64)).tolist()
+    return checksum(Rows(parts), torch.empty(len(parts[0]), dtype=torch.int64)).tolist()
 
 
 @pytest.mark.parametrize("row_bytes", [1, 4, 30, 4095, 4096, 4100, 20_000])
@@ -25,9 +25,9 @@ def test_every_kernel_has_the_same_sums(row_bytes: int, num_parts: int) -> None:
     index = torch.tensor([8, 0, 3, 3])
     for wanted in (None, index):
         rows = 9 if wanted is None else 4
-        found = checksum(parts, torch.empty(rows, dtype=torch.int64), wanted)
+        found = checksum(Rows(parts), torch.empty(rows, dtype=torch.int64), wanted)
         assert torch.equal(found, reference.checksum(parts, wanted, False))
-        together = checksum(parts, torch.empty((), dtype=torch.int64), wanted)
+        together = checksum(Rows(parts), torch.empty((), dtype=torch.int64), wanted)
         assert torch.equal(together, reference.checksum(parts, wanted, True))
 
 
@@ -36,7 +36,7 @@ def test_sums_are_of_the_bits_in_order() -> None:
     assert sums_of([a, b])[0] == sums_of([a[:1], b[:1]])[0]
     assert len({*sums_of([a]), *sums_of([b]), *sums_of([a, b]), *sums_of([b, a])}) == 8
     assert sums_of([torch.zeros((1, 8))]) != sums_of([-torch.zeros((1, 8))])
-    one = [checksum([x], torch.empty((), dtype=torch.int64)).item() for x in (a, a.flip(0))]
+    one = [checksum(Rows([x]), torch.empty((), dtype=torch.int64)).item() for x in (a, a.flip(0))]
     assert one[0] != one[1]
 
 
@@ -65,8 +65,8 @@ def test_two_flips_within_a_stripe_cannot_cancel() -> None:
 def test_wrong_arguments_are_named() -> None:
     data = memory(4, 64)
     with pytest.raises(ValueError, match="out: shape"):
-        checksum([data], torch.empty(3, dtype=torch.int64))
+        checksum(Rows([data]), torch.empty(3, dtype=torch.int64))
     with pytest.raises(ValueError, match="parts: strides"):
-        checksum([data[:, :32], data[:, 32:].contiguous()], torch.empty(4, dtype=torch.int64))
+        Rows([data[:, :32], data[:, 32:].contiguous()])
     with pytest.raises(ValueError, match="index: dtype"):
-        checksum([data], torch.empty(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int32))
+        checksum(Rows([data]), torch.empty(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int32))
