@@ -87,7 +87,7 @@ def test_tiles_by_turns() -> None:
 
 def test_rows_far_apart(far_apart: Poison, device: torch.device) -> None:
     torch.manual_seed(0)
-    x, w = torch.randn(66, 16).bfloat16().to(device), torch.randn(16, 16).bfloat16().to(device)
+    x, w = torch.randn(65, 16).bfloat16().to(device), torch.randn(16, 16).bfloat16().to(device)
     assert torch.equal(matmul(far_apart(x), packed(w)), matmul(x, packed(w)))
 
 
