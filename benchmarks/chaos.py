@@ -17,6 +17,7 @@ import argparse
 import asyncio
 import json
 import os
+import random
 import re
 import signal
 import statistics
@@ -70,8 +71,11 @@ class Outcome:
 
 
 def matrix(num_ranks: int) -> list[Planned]:
-    """Every kind in every phase on every rank, as far as there is such a thing."""
-    return [
+    """Every kind in every phase on every rank, as far as there is such a thing.
+
+    In an order that is random and always the same, so that a part of a campaign has something of everything.
+    """
+    planned = [
         Planned(kind, phase, rank)
         for phase, kind, rank in product(PHASES, KINDS, range(num_ranks))
         if (kind in ("drop", "change")) == (phase == "plan")
@@ -80,6 +84,8 @@ def matrix(num_ranks: int) -> list[Planned]:
         and not (kind == "hang" and phase not in ("idle", "decode"))
         and not (phase == "plan" and rank == 0)
     ]
+    random.Random(0).shuffle(planned)
+    return planned
 
 
 def bodies(num_streams: int, num_tokens: int) -> list[tuple[str, dict[str, Any]]]:
