@@ -20,6 +20,7 @@ SHARES = (1.0, 0.95, 0.9, 0.85, 0.8)  # of the greatest weight, that the table's
 ROUNDS = 3  # of scales and codes in turns
 BLOCK = 96  # columns at a time: their updates stay in the cache
 ROWS = 4096  # at a time, so that a large head needs little memory
+NUMBERS = 1 << 24  # at a time, of what scales are fitted from: a row's inputs times its groups
 
 
 def quantize_for(weight: Tensor, form: CodeFormat, gram: Tensor) -> QuantizedRows:
@@ -96,8 +97,9 @@ class _Fit:
         """Those of least error with these codes: for each row as many linear equations as it has groups."""
         size, k = self._form.group_size, len(self._gram)
         by_groups, wanted = self._gram.view(-1, size, k), self._weight @ self._gram
-        for begin in range(0, len(self._weight), BLOCK):
-            rows = slice(begin, begin + BLOCK)
+        num_rows = max(1, NUMBERS // (k * (k // size)))
+        for begin in range(0, len(self._weight), num_rows):
+            rows = slice(begin, begin + num_rows)
             values = self._values[self._places[rows]].unflatten(1, (-1, size))  # [rows, groups, size]
             left = torch.einsum("rgi,gik->rgk", values, by_groups).unflatten(2, (-1, size))
             left = (left * values.unsqueeze(1)).sum(dim=3)  # [rows, groups, groups]
