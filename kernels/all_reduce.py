@@ -63,6 +63,10 @@ def all_reduce(
     if residual is not None:
         check(residual, "residual", (rows, width), out.dtype)
     if isinstance(ranks, DistributedRanks):
+        # Each rank sums its own before: that is a part of the tree for a power of two, and rounds nothing in float32.
+        if len(parts) > 1 and (parts.dtype != torch.float32 or len(parts).bit_count() > 1):
+            raise ValueError(f"parts: {len(parts)} of {parts.dtype} on each rank, expected one, or a power of two in "
+                             f"{torch.float32}")  # fmt: skip
 
         def exchange(num_rows: int) -> None:
             added = None if residual is None else residual[:num_rows]

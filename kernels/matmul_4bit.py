@@ -224,6 +224,8 @@ def matmul_4bit(
     """
     out_dtype = out_dtype or x.dtype
     check(x, "x", (None, weight.k), weight.dtype, contiguous=False)
+    if out_dtype not in (x.dtype, torch.float32):
+        raise ValueError(f"out_dtype: is {out_dtype}, expected {x.dtype} or {torch.float32}")
     m = x.shape[0]
     if weight.num_parts != 1:
         raise ValueError(f"weight: has {weight.num_parts} parts, expected 1")

@@ -1,6 +1,7 @@
 """Causal attention over a paged KV cache for a mixed batch of prefill chunks and decodes."""
 
 import ctypes
+import math
 
 import torch
 from torch import Tensor
@@ -98,7 +99,11 @@ def paged_attention(
     out = output(out, (tokens, num_heads * head_size), qkv.dtype)
     if lse is not None:
         check(lse, "lse", (tokens, num_heads), torch.float32)
-    if not soft_cap >= 0:
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale: is {scale}, expected a positive number")
+    if window < 0:
+        raise ValueError(f"window: is {window}, expected a number of tokens, or 0 for all")
+    if not 0 <= soft_cap < math.inf:
         raise ValueError(f"soft_cap: is {soft_cap}, expected a positive number, or 0 for off")
     if kernels() == "native" and (soft_cap or lse is not None):
         raise ValueError("soft_cap and lse: the native kernels have neither")

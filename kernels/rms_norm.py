@@ -46,8 +46,12 @@ def rms_norm(
 
 
 def rms_norm_heads(qkv: Tensor, begin: int, num_heads: int, weight: Tensor, eps: float) -> None:
-    """Norm each of `num_heads` heads in place. qkv: [tokens, width], heads from column `begin`; weight: [size]."""
+    """Norm each of `num_heads` heads in place. Raises ValueError on a wrong argument.
+
+    qkv: [tokens, width], heads from column `begin`; weight: [size] float32, size a multiple of 16.
+    """
     check(qkv, "qkv", (None, None), compute_dtypes())
+    check(weight, "weight", (None,), torch.float32)
     size = weight.shape[0]
     if begin < 0 or begin + num_heads * size > qkv.shape[1]:
         raise ValueError(f"num_heads: {num_heads} heads of {size} from column {begin} exceed the width {qkv.shape[1]}")

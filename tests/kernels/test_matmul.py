@@ -162,6 +162,8 @@ def test_wrong_arguments_are_named() -> None:
         (lambda: empty_packed(48, 4, torch.float32, num_parts=2), "n: is 48, expected a multiple of 2 parts of 16"),
         (lambda: gated_matmul(torch.randn(2, 32), weight), "weight: has 1 parts, expected 2"),
         (lambda: matmul(torch.randn(2, 32), empty_packed(32, 32, torch.float32, 2)), "weight: has 2 parts, expected 1"),
+        (lambda: matmul(torch.randn(2, 32), weight, out_dtype=torch.float64), "out_dtype: is torch.float64"),
+        (lambda: matmul(torch.randn(2, 32), weight, out_dtype=torch.float16), "out_dtype: is torch.float16"),
     ]
     for call, words in wrong:
         with pytest.raises(ValueError, match=words):

@@ -188,6 +188,11 @@ def test_wrong_arguments_are_named() -> None:
         ({"context_lens": torch.tensor([2])}, "context_lens: dtype is torch.int64"),
         ({"token_begins": torch.tensor([0], dtype=torch.int32)}, "token_begins: shape"),
         ({"qkv": torch.zeros(2, 80).bfloat16()}, "qkv: dtype is torch.bfloat16"),
+        ({"scale": 0.0}, "scale: is 0.0"),
+        ({"scale": float("inf")}, "scale: is inf"),
+        ({"window": -1}, "window: is -1"),
+        ({"soft_cap": float("inf")}, "soft_cap: is inf"),
+        ({"soft_cap": float("nan")}, "soft_cap: is nan"),
     ]
     for changes, words in wrong:
         with pytest.raises(ValueError, match=words):

@@ -51,5 +51,8 @@ def test_wrong_arguments_are_named() -> None:
         rms_norm(torch.randn(2, 24), torch.randn(24), 1e-5)
     with pytest.raises(ValueError, match=r"weight: shape is \(16,\), expected \(32\)"):
         rms_norm(torch.randn(2, 32), torch.randn(16), 1e-5)
+    for weight in (torch.randn(64)[::2], torch.randn(32, 1), torch.randn(32).bfloat16()):
+        with pytest.raises(ValueError, match="weight: "):
+            rms_norm_heads(torch.randn(2, 96), 0, 3, weight, 1e-5)
     with pytest.raises(ValueError, match="num_heads: 3 heads of 32 from column 16 exceed the width 96"):
         rms_norm_heads(torch.randn(2, 96), 16, 3, torch.randn(32), 1e-5)
