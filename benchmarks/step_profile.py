@@ -30,7 +30,7 @@ from octavo.kernels.program import Program
 from octavo.models.config import ConfigError, ModelConfig, read_config
 from octavo.models.memory import kv_block_bytes
 from octavo.server.config import MIB, EngineConfig
-from octavo.server.engine import runner
+from octavo.server.engine import integrity, runner
 from octavo.server.engine.engine import Engine, choose_dtype
 from octavo.server.engine.request import GenerationRequest
 from octavo.server.errors import OctavoError
@@ -74,7 +74,12 @@ def decoding(engine: Engine, requests: Sequence[GenerationRequest]) -> Iterator[
 def kernels(engine: Engine) -> Functions:
     """The parts of a step that are kernels."""
     work = engine.runner
-    return {"forward": (work._forward, "run"), "logits": (work.model, "logits"), "sample": (runner, "sample")}
+    return {
+        "forward": (work._forward, "run"),
+        "logits": (work.model, "logits"),
+        "sample": (runner, "sample"),
+        "checksum": (integrity, "checksum"),
+    }
 
 
 @contextmanager
@@ -161,7 +166,8 @@ def profile(engine: Engine, config: ModelConfig, batch_size: int, context_len: i
             engine.step()
             wholes.append(time.perf_counter() - start_s)
             parts.append(profile_step(engine))
-    seconds = {name: median(part[name] for part in parts) for name in parts[0]}
+    all_parts = dict.fromkeys(name for part in parts for name in part)
+    seconds = {name: median(part.get(name, 0.0) for part in parts) for name in all_parts}
     sum_s = sum(seconds.values())
     names = op_names(engine.runner._forward)
     num_calls = Counter(names)

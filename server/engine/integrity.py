@@ -94,7 +94,7 @@ class KvChecksums:
         """changed: [1 + MAX_CHANGED_BLOCKS] int64, a buffer of `ranks`: how many blocks, and which."""
         self._rows, self._changed, self._ranks = Rows(kv_caches), changed, ranks
         num_blocks = len(kv_caches[0])
-        self._sums = torch.zeros(num_blocks, dtype=torch.int64)
+        self._sums = np.zeros(num_blocks, np.int64)
         self._checked_at = np.zeros(num_blocks, np.int64)  # the step
         self._num_dropped = [0] * ranks.num_ranks
         self.num_checked = 0  # blocks compared
@@ -103,7 +103,7 @@ class KvChecksums:
     def take(self, blocks: np.ndarray, step: int) -> None:
         """Blocks, [n] int64, are full from this step on."""
         begin_s = time.monotonic()
-        self._sums[torch.from_numpy(blocks)] = self._sums_of(blocks)
+        self._sums[blocks] = self._sums_of(blocks)
         self._count(blocks, step, begin_s)
 
     def compare(self, blocks: np.ndarray, step: int) -> bool:
@@ -113,7 +113,7 @@ class KvChecksums:
         if not len(blocks):
             return False
         begin_s = time.monotonic()
-        changed = blocks[(self._sums_of(blocks) != self._sums[torch.from_numpy(blocks)]).numpy()]
+        changed = blocks[self._sums_of(blocks) != self._sums[blocks]]
         self._changed[0] = len(changed)
         some = torch.from_numpy(changed[:MAX_CHANGED_BLOCKS])
         self._changed[1 : 1 + len(some)] = some
@@ -137,8 +137,10 @@ class KvChecksums:
             found.update(blocks[:count])
         return sorted(found)
 
-    def _sums_of(self, blocks: np.ndarray) -> Tensor:
-        return checksum(self._rows, torch.empty(len(blocks), dtype=torch.int64), torch.from_numpy(blocks))
+    def _sums_of(self, blocks: np.ndarray) -> np.ndarray:
+        sums = np.empty(len(blocks), np.int64)
+        checksum(self._rows, torch.from_numpy(sums), torch.from_numpy(blocks))
+        return sums
 
     def _count(self, blocks: np.ndarray, step: int, begin_s: float) -> None:
         self._checked_at[blocks] = step

@@ -147,9 +147,11 @@ class Runner:
 
     def _take_checksums(self, slots: np.ndarray, starts: np.ndarray, nums: np.ndarray, step: int) -> None:
         """Of the blocks that this step has filled."""
+        if self.kv_checksums is None:
+            return
         first, last = starts // self._block_size, (starts + nums) // self._block_size
-        if self.kv_checksums is not None and (last > first).any():
-            full = [self._table_rows[slots[i], first[i] : last[i]] for i in np.flatnonzero(last > first)]
+        full = [self._table_rows[slots[i], first[i] : last[i]] for i in np.flatnonzero(last > first)]
+        if full:
             self.kv_checksums.take(np.concatenate(full).astype(np.int64), step)
 
     def _launch(

@@ -66,7 +66,7 @@ def test_parts_of_a_step(engine: Engine) -> None:
     assert names.count("paged_attention") == 3 and names.count("embedding") == 1
     with decoding(engine, make_requests(2, 5, 12, engine.info.vocab_size, "parts")):
         parts = profile_step(engine)
-    assert parts.keys() == set(names) | HOST_PARTS
+    assert parts.keys() - {"checksum"} == set(names) | HOST_PARTS  # there is none in every step
     assert all(seconds > 0 for seconds in parts.values())
 
 
