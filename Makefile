@@ -48,8 +48,8 @@ test: $(NATIVE)  ## run the tests, but for those of test-kernels
 # Triton's interpreter cannot share a process with its compiler.
 test-kernels: $(NATIVE)  ## run the slow tests, and all of the GPU kernels' as for sm_80, for sm_90 and in Triton's interpreter
 	@$(BIN)/python -m pytest -m slow $(ARGS)
-	@GPU_WITHOUT_GPU_ARCH=90 $(BIN)/python -m pytest tests/gpu --ignore tests/gpu/test_compile.py $(ARGS)
-	@TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/gpu --ignore tests/gpu/test_compile.py $(ARGS)
+	@OMP_NUM_THREADS=1 GPU_WITHOUT_GPU_ARCH=90 $(BIN)/python -m pytest -n auto tests/gpu --ignore tests/gpu/test_compile.py $(ARGS)
+	@OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/gpu --ignore tests/gpu/test_compile.py $(ARGS)
 
 compile-matrix: $(NATIVE)  ## renew the snapshot of what compilers make of the GPU kernels, and docs/kernels.md
 	@PYTHONPATH=tests $(BIN)/python -m gpu.compile_matrix
