@@ -1098,6 +1098,13 @@ def test_an_audit_in_chunks_says_which_token_is_another() -> None:
     assert scheduler.audit_failure == "output token 3 of choice 0 of request a is another one when computed again"
 
 
+def test_what_another_engine_has_begun_is_not_audited() -> None:
+    scheduler = make(audit=1.0)
+    scheduler.add(request("a", 6, max_tokens=2), {0: [50]})
+    _, deltas = step(scheduler, 51)
+    assert ends(deltas) == [("a", 0, FinishReason.LENGTH)] and not scheduler.has_work
+
+
 def test_an_audit_gives_way() -> None:
     scheduler = make(audit=1.0, num_blocks=8, max_model_len=32, max_num_batched_tokens=4)
     scheduler.add(request("a", 14, max_tokens=2))
