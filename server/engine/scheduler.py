@@ -212,7 +212,7 @@ class Scheduler:
         num_preemptions = self._num_preemptions
         for choice in list(self._running):
             if choice not in self._running:
-                break  # preempted in this loop, as is everything behind it
+                continue  # preempted in this loop, in which an audit may stand anywhere
             num = choice.num_plannable
             prefills = num > 1
             num = min(num, budget, prefill_budget) if prefills else min(num, budget)

@@ -1120,3 +1120,24 @@ def test_an_audit_gives_way() -> None:
     assert scheduler.stats()["num_preemptions"] == 0
     drain(scheduler)
     assert not scheduler.has_work and not scheduler.stats()["num_blocks_used"]
+
+
+def test_who_stands_behind_an_audit_that_gives_way_goes_on() -> None:
+    scheduler = make(audit=1.0, num_blocks=8)
+    scheduler.add(request("z", 14, max_tokens=2))
+    step(scheduler)
+    step(scheduler)
+    scheduler.add(request("a", 7))
+    plan, _ = step(scheduler)
+    assert [new.is_audit for new in plan.new_choices] == [False, True]
+    scheduler.add(request("b", 5))
+    first = plan_of(scheduler)
+    assert scheduler.request_ids(first) == ["a", "b"] and len(first.slots) == 3
+    second = plan_of(
+        scheduler
+    )  # there are no more blocks for a, and those of the audit are in use until the first ends
+    assert scheduler.request_ids(second) == ["b"]
+    apply(scheduler, first)
+    apply(scheduler, second)
+    drain(scheduler)
+    assert not scheduler.has_work and not scheduler.stats()["num_blocks_used"]
