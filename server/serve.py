@@ -188,7 +188,8 @@ async def _serve(config: ServerConfig, tokenizer: Tokenizer, listener: socket.so
         _log_start(config, client, listener)
         if await _run_until_stopped(state, stop):
             logger.info("stopping: %d requests run, up to %g s", state.num_requests, config.shutdown_timeout)
-            return 0 if await state.drain(config.shutdown_timeout) else 1
+            is_whole = await state.drain(config.shutdown_timeout)
+            return GIVEN_UP if client.state == "dead" else 0 if is_whole else 1
         await state.drain(1.0)
         return GIVEN_UP
     finally:

@@ -252,7 +252,7 @@ class Epoch(asyncio.Protocol):
         if not self._deadline_s:
             return
         beat = self._group.progress.read()
-        if beat.request_ids or not self.ready.done():
+        if beat.is_step or not self.ready.done():
             self._worked_s = now  # those that wait for each other in a step say nothing; rank 0 speaks for them
         silent_s = now - max(beat.at_s, self._since_s)
         patience = self._patience()

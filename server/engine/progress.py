@@ -16,7 +16,7 @@ from dataclasses import astuple, dataclass
 MAX_RANKS = 8
 _ROW = struct.Struct("<qddq")  # of each rank: what `RankFigures` has
 _AT = struct.Struct("<d")  # behind it: when the rank last showed itself
-_HEAD = struct.Struct("<ddq")  # at_s, expected_s, bytes of ids behind it
+_HEAD = struct.Struct("<ddq")  # at_s, expected_s, bytes of ids behind it + 1, 0 between steps
 _ROW_BYTES = 64  # ranks do not write to each other's cache lines
 _HEAD_BEGIN = MAX_RANKS * _ROW_BYTES
 _IDS_BEGIN = _HEAD_BEGIN + _HEAD.size
@@ -34,7 +34,8 @@ class Beat:
 
     at_s: float = 0.0  # time.monotonic(), which all processes share; 0.0: none yet
     expected_s: float = 0.0  # how long it is likely to take until the next one
-    request_ids: tuple[str, ...] = ()  # of the step that runs; none between steps
+    is_step: bool = False  # a step runs
+    request_ids: tuple[str, ...] = ()  # that are in it; none where it only audits
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,17 +76,22 @@ class Progress:
         self._page = mmap.mmap(fd, PAGE_BYTES)
         self._resident_bytes, self._looked_s = 0, -RESIDENT_S
 
-    def beat(self, expected_s: float, request_ids: Iterable[str] = ()) -> None:
-        """Says that the engine goes on, and what with. What of the ids does not fit on the page is left out."""
-        ids = "\n".join(request_ids).encode()[: _FINDING_AT - _IDS_BEGIN]
+    def beat(self, expected_s: float, request_ids: Iterable[str] | None = None) -> None:
+        """Says that the engine goes on, and what with: a step with these requests; None: it has nothing to do.
+
+        What of the ids does not fit on the page is left out.
+        """
+        ids = "\n".join(request_ids or ()).encode()[: _FINDING_AT - _IDS_BEGIN]
         self._page[_IDS_BEGIN : _IDS_BEGIN + len(ids)] = ids
-        _HEAD.pack_into(self._page, _HEAD_BEGIN, time.monotonic(), expected_s, len(ids))
+        _HEAD.pack_into(
+            self._page, _HEAD_BEGIN, time.monotonic(), expected_s, 0 if request_ids is None else len(ids) + 1
+        )
 
     def read(self) -> Beat:
         """The latest beat. One that is being written may be mixed with the one before."""
-        at_s, expected_s, num_bytes = _HEAD.unpack_from(self._page, _HEAD_BEGIN)
-        ids = self._page[_IDS_BEGIN : _IDS_BEGIN + num_bytes].decode(errors="replace")
-        return Beat(at_s, expected_s, tuple(ids.split("\n")) if ids else ())
+        at_s, expected_s, ids_end = _HEAD.unpack_from(self._page, _HEAD_BEGIN)
+        ids = self._page[_IDS_BEGIN : _IDS_BEGIN + max(ids_end - 1, 0)].decode(errors="replace")
+        return Beat(at_s, expected_s, ids_end > 0, tuple(ids.split("\n")) if ids else ())
 
     def show(self, rank: int, figures: RankFigures) -> None:
         """Puts down what a rank, this process, has done; now and then its memory is looked at as well."""

@@ -46,6 +46,7 @@ class _Choice:
     num_void: int = 0  # of these, the next ones, whose results are not to be taken
     num_inserted: int = 0  # leading blocks that the prefix cache has seen
     num_prompt_counted: int = 0  # prompt tokens that the statistics have seen, so that recomputation is not counted
+    is_resumed: bool = False  # it began with tokens of an earlier engine, which may have had other bits
     is_audit: bool = False  # of a choice that has ended: its tokens are known, and computed again to be compared
     leaving: bool = False
     finished: bool = False
@@ -89,7 +90,10 @@ class Scheduler:
         epoch: int = 0,
         audit: float = 0.0,
     ) -> None:
-        """audit: share of the choices that are computed again after their end, when there is room for it."""
+        """audit: share of the choices that are computed again after their end, when there is room for it.
+
+        Of those that began here, that is: another number of ranks has other bits.
+        """
         if num_blocks * block_size < max_model_len:
             raise ValueError(f"{num_blocks} blocks of {block_size} tokens cannot hold max_model_len {max_model_len}")
         self._block_size = block_size
@@ -173,6 +177,7 @@ class Scheduler:
                 num_computable=max(max_len - 1, num_prompt_tokens),
                 prompt_logprobs=[None] if scores_prompt else None,
                 num_prompt_counted=num_prompt_tokens if output else 0,
+                is_resumed=bool(output),
                 announced=bool(output),
             )
             extend_hashes(choice.hashes, choice.token_ids, self._block_size, salt)
@@ -207,7 +212,7 @@ class Scheduler:
         num_preemptions = self._num_preemptions
         for choice in list(self._running):
             if choice not in self._running:
-                break  # preempted in this loop, as is everything behind it
+                continue  # preempted in this loop, in which an audit may stand anywhere
             num = choice.num_plannable
             prefills = num > 1
             num = min(num, budget, prefill_budget) if prefills else min(num, budget)
@@ -530,7 +535,7 @@ class Scheduler:
                 self._put_first(choice)
 
     def _end(self, choice: _Choice) -> None:
-        if self._audit_share and len(choice.token_ids) > choice.num_prompt_tokens:
+        if self._audit_share and not choice.is_resumed and len(choice.token_ids) > choice.num_prompt_tokens:
             self._audits_due += self._audit_share
             if self._audits_due >= 1.0:
                 self._audits_due -= 1.0

@@ -330,6 +330,21 @@ async def test_a_dead_engine_ends_the_server(tmp_path: Path, monkeypatch: pytest
             assert await server.exit_status == 70
 
 
+async def test_an_engine_that_is_given_up_while_draining_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(tmp_path, monkeypatch) as server:
+        server.engine.go.clear()
+        post = asyncio.create_task(server.http.post("/v1/completions", json={"prompt": "a"}))
+        await eventually(lambda: server.engine.num_running == 1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await server.until_draining()
+        server.engine.state = "dead"
+        server.engine.go.set()
+        await post
+        assert await server.exit_status == 70
+
+
 async def test_heads_are_bounded_in_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with running(tmp_path, monkeypatch) as server:
         connection = Connection(*await asyncio.open_connection("127.0.0.1", server.port))

@@ -1,6 +1,8 @@
 """The rank processes of an epoch: started, ended all at once, stopped ones too, and nothing of them left."""
 
+import fcntl
 import os
+import resource
 import select
 import signal
 import time
@@ -62,6 +64,23 @@ def test_a_group_is_killed_at_once(group: Group, stopped: bool) -> None:
     assert group.ended() == [0, 1, 2]
     assert group.wait(TIMEOUT_S) and time.monotonic() - begin_s < 1.0
     assert group.ended() == [0, 1, 2]  # also where nobody says so
+
+
+def test_descriptors_may_have_high_numbers(group: Group) -> None:
+    ready(group)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 2048:
+        pytest.skip("no more than 1024 files may be open")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    try:  # as with so many clients
+        low, group.pidfds = group.pidfds, [fcntl.fcntl(pidfd, fcntl.F_DUPFD_CLOEXEC, 1024) for pidfd in group.pidfds]
+        for pidfd in low:
+            os.close(pidfd)
+        assert group.ended() == [] and not group.wait(0.02)
+        group.kill()
+        assert group.wait(TIMEOUT_S)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_ranks_end_with_the_channel(group: Group) -> None:

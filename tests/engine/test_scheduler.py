@@ -1098,6 +1098,13 @@ def test_an_audit_in_chunks_says_which_token_is_another() -> None:
     assert scheduler.audit_failure == "output token 3 of choice 0 of request a is another one when computed again"
 
 
+def test_what_another_engine_has_begun_is_not_audited() -> None:
+    scheduler = make(audit=1.0)
+    scheduler.add(request("a", 6, max_tokens=2), {0: [50]})
+    _, deltas = step(scheduler, 51)
+    assert ends(deltas) == [("a", 0, FinishReason.LENGTH)] and not scheduler.has_work
+
+
 def test_an_audit_gives_way() -> None:
     scheduler = make(audit=1.0, num_blocks=8, max_model_len=32, max_num_batched_tokens=4)
     scheduler.add(request("a", 14, max_tokens=2))
@@ -1111,5 +1118,26 @@ def test_an_audit_gives_way() -> None:
     while scheduler._choices:  # the audit holds blocks that c needs in the end
         step(scheduler)
     assert scheduler.stats()["num_preemptions"] == 0
+    drain(scheduler)
+    assert not scheduler.has_work and not scheduler.stats()["num_blocks_used"]
+
+
+def test_who_stands_behind_an_audit_that_gives_way_goes_on() -> None:
+    scheduler = make(audit=1.0, num_blocks=8)
+    scheduler.add(request("z", 14, max_tokens=2))
+    step(scheduler)
+    step(scheduler)
+    scheduler.add(request("a", 7))
+    plan, _ = step(scheduler)
+    assert [new.is_audit for new in plan.new_choices] == [False, True]
+    scheduler.add(request("b", 5))
+    first = plan_of(scheduler)
+    assert scheduler.request_ids(first) == ["a", "b"] and len(first.slots) == 3
+    second = plan_of(
+        scheduler
+    )  # there are no more blocks for a, and those of the audit are in use until the first ends
+    assert scheduler.request_ids(second) == ["b"]
+    apply(scheduler, first)
+    apply(scheduler, second)
     drain(scheduler)
     assert not scheduler.has_work and not scheduler.stats()["num_blocks_used"]

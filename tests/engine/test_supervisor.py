@@ -173,10 +173,13 @@ async def test_an_engine_that_stands_still_is_replaced(groups: Groups) -> None:
         await eventually(lambda: client.state == "ok")
 
 
-async def test_a_rank_that_does_not_show_itself_is_found_though_there_is_no_work(groups: Groups) -> None:
+@pytest.mark.parametrize("names", [["a"], []])
+async def test_a_rank_that_does_not_show_itself_is_found_though_there_is_no_work(
+    names: list[str], groups: Groups
+) -> None:
     async with connected(groups, step_deadline=2 * TICK_S, tensor_parallel_size=2) as (client, first):
         first.pids = [os.getpid()] * 2
-        first.progress.beat(ENDLESS_S, ["a"])  # in a step rank 0 speaks for all
+        first.progress.beat(ENDLESS_S, names)  # in a step rank 0 speaks for all, also where it only audits
         await asyncio.sleep(4 * TICK_S)
         first.progress.beat(ENDLESS_S)
         for _ in range(4):
