@@ -1,7 +1,6 @@
 """A node: the machine of a group that only computes. Does what the head says, which is in `nodes`."""
 
 import logging
-import select
 import socket
 import time
 from contextlib import suppress
@@ -10,7 +9,7 @@ from typing import Any
 
 from octavo.server.config import EngineConfig, SupervisorConfig
 from octavo.server.engine.group import Group, Launcher
-from octavo.server.engine.nodes import BEAT_S, CONTROL, Link, greeted
+from octavo.server.engine.nodes import BEAT_S, CONTROL, Link, greeted, ready
 from octavo.server.errors import StartupError
 
 log = logging.getLogger("octavo")
@@ -60,7 +59,7 @@ def _serve(config: SupervisorConfig, link: Link, launcher: Launcher) -> bool:
     try:
         while not link.is_lost:
             pidfds = running.group.pidfds if running is not None else []
-            if link.socket.fileno() in select.select([link.socket.fileno(), *pidfds], [], [], BEAT_S)[0]:
+            if link.socket.fileno() in ready([link.socket.fileno(), *pidfds], BEAT_S):
                 for message in link.receive():
                     if "end" in message:
                         return True
