@@ -97,7 +97,7 @@ class Epoch(asyncio.Protocol):
         """Takes the socket as soon as the processes are there."""
         try:
             await asyncio.to_thread(self._group.wait_until_started)
-        except StartupError as error:
+        except (StartupError, OSError) as error:
             self.fail("died", str(error))
         if self.fault.done():
             return

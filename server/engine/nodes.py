@@ -80,7 +80,7 @@ class Link:
             if len(self._data) > MAX_LINE_BYTES:
                 raise ValueError
             return [dict(json.loads(line)) for line in lines]
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             self.is_lost = True
             return []
 

@@ -1,16 +1,23 @@
 """Machines of a group, as they meet: whoever connects, whatever it says or does not, the others are not held up."""
 
+import asyncio
+import json
 import socket
 import struct
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from typing import Any, cast
 
 import pytest
+from engine_fakes import FakeGroup
 
 from octavo.server.config import SupervisorConfig
 from octavo.server.engine import nodes
+from octavo.server.engine.epoch import Epoch
+from octavo.server.engine.group import Group
 from octavo.server.engine.nodes import CONTROL, Nodes, greeted
+from octavo.server.engine.progress import Progress, RankFigures
 from octavo.server.errors import StartupError
 
 
@@ -107,3 +114,51 @@ def test_starting_ends_in_time_whoever_connects(
         with pytest.raises(StartupError, match=r"ranks \[1\] of other nodes did not connect"):
             head.start(config.engine(), 1)
         assert time.monotonic() - begin_s < 5.0
+
+
+WORD: dict[str, Any] = {"epoch": 3, "figures": [[5, 1.0, 0.5, 7]], "ended": [], "finding": None}
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (json.dumps(WORD), ""),
+        (json.dumps(WORD | {"ended": [1]}), "an engine process ended (rank 1)"),
+        (json.dumps({"killed": 3}), ""),  # though nobody has asked for it
+        ('{"epoch": 3}', "node 1 makes no sense"),
+        (json.dumps(WORD | {"figures": []}), "node 1 makes no sense"),
+        (json.dumps(WORD | {"figures": [[1, 2]]}), "node 1 makes no sense"),
+        (json.dumps(WORD | {"figures": [["a", 1.0, 1.0, 1 << 70]]}), "node 1 makes no sense"),
+        (json.dumps(WORD | {"ended": 1}), "node 1 makes no sense"),
+        (json.dumps(WORD | {"finding": [1, 2, 3]}), "node 1 makes no sense"),
+        (json.dumps(WORD | {"finding": [9, "kv", "a block"]}), "node 1 makes no sense"),
+        ("[" * 50_000, "node 1 is gone"),
+        ("\udcff", "node 1 is gone"),
+    ],
+)
+def test_words_of_a_node(words: str, told: str, config: SupervisorConfig, head: Nodes) -> None:
+    ours, theirs = socket.socketpair()
+    with greeted(config, CONTROL, 1) as node, ours, theirs:
+        assert head.join(5.0) == []
+        link = head.links[1]
+        group = Group(ours, Progress(), cast(Any, None), theirs, 3, 2, head)
+        data = words.encode(errors="surrogateescape") + b"\n"
+        node.sendall(data)
+        assert link.socket.recv(len(data), socket.MSG_PEEK | socket.MSG_WAITALL) == data  # all of it is there
+        assert group.hear(1) == told
+        assert link.is_lost == told.startswith("node") and group.links == {1: link}
+        if words == json.dumps(WORD):
+            assert group.progress.figures(2)[1] == RankFigures(5, 1.0, 0.5, 7)
+        group.progress.close()
+
+
+async def test_an_epoch_whose_machines_cannot_be_reached() -> None:
+    class Unreachable(FakeGroup):
+        def wait_until_started(self) -> None:
+            raise OSError("no descriptor is left")
+
+    group = Unreachable(SupervisorConfig(), 0, [])
+    epoch = Epoch(cast(Group, group), 0.0, lambda: 1.0, lambda outputs: None)
+    fault = await asyncio.wait_for(epoch.fault, 5.0)
+    assert (fault.reason, fault.text) == ("died", "no descriptor is left")
+    await epoch.kill()
