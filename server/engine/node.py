@@ -3,10 +3,12 @@
 import logging
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
+from octavo import __version__
 from octavo.server.config import EngineConfig, SupervisorConfig
 from octavo.server.engine.group import Group, Launcher
 from octavo.server.engine.nodes import BEAT_S, CONTROL, Link, greeted, ready
@@ -95,9 +97,18 @@ def _beat(running: _Ranks | None) -> dict[str, Any]:
 
 
 def _start(config: SupervisorConfig, link: Link, launcher: Launcher, message: dict[str, Any]) -> _Ranks | None:
-    """Start the ranks of an epoch. None where they cannot be, which the head finds out."""
-    epoch, ranks = int(message["start"]), range(*message["ranks"])
-    wanted = replace(EngineConfig.from_json(message["config"]), model=config.model)  # each machine has its own folder
+    """Start the ranks of an epoch. None where they cannot be, which the head finds out.
+
+    Raises StartupError where the head is of another version.
+    """
+    try:
+        epoch, ranks = int(message["start"]), range(*message["ranks"])
+        wanted = replace(EngineConfig.from_json(message["config"]), model=config.model)  # each has its own folder
+    except (KeyError, TypeError, ValueError) as error:
+        raise StartupError(
+            f"the head at --master-addr {config.master_addr} --master-port {config.master_port} seems to be another "
+            f"version of Octavo than {__version__}: {error}"
+        ) from None
     channels: list[socket.socket] = []
     try:
         channels += [greeted(config, epoch, rank) for rank in ranks]
@@ -111,7 +122,11 @@ def _start(config: SupervisorConfig, link: Link, launcher: Launcher, message: di
             address=link.socket.getsockname()[0],
         )
         group.channel.close()  # rank 0's, which is not here
-        group.wait_until_started()
+        with ThreadPoolExecutor(1) as other:  # importing torch may take longer than a node may be silent
+            started = other.submit(group.wait_until_started)
+            while not wait((started,), BEAT_S).done:
+                link.send(_beat(None))
+        started.result()
     except (OSError, StartupError) as error:
         log.error("ranks of epoch %d do not start: %s", epoch, error)
         for channel in channels:

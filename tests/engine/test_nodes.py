@@ -7,16 +7,16 @@ import struct
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 from engine_fakes import FakeGroup
 
-from octavo.server.config import SupervisorConfig
-from octavo.server.engine import nodes
-from octavo.server.engine.epoch import Epoch
-from octavo.server.engine.group import Group
-from octavo.server.engine.nodes import CONTROL, Nodes, greeted
+from octavo.server.config import EngineConfig, SupervisorConfig
+from octavo.server.engine import epoch, node, nodes
+from octavo.server.engine.group import Group, Launcher
+from octavo.server.engine.nodes import CONTROL, Link, Nodes, greeted
 from octavo.server.engine.progress import Progress, RankFigures
 from octavo.server.errors import StartupError
 
@@ -138,12 +138,12 @@ WORD: dict[str, Any] = {"epoch": 3, "figures": [[5, 1.0, 0.5, 7]], "ended": [], 
 )
 def test_words_of_a_node(words: str, told: str, config: SupervisorConfig, head: Nodes) -> None:
     ours, theirs = socket.socketpair()
-    with greeted(config, CONTROL, 1) as node, ours, theirs:
+    with greeted(config, CONTROL, 1) as theirs_too, ours, theirs:
         assert head.join(5.0) == []
         link = head.links[1]
         group = Group(ours, Progress(), cast(Any, None), theirs, 3, 2, head)
         data = words.encode(errors="surrogateescape") + b"\n"
-        node.sendall(data)
+        theirs_too.sendall(data)
         assert link.socket.recv(len(data), socket.MSG_PEEK | socket.MSG_WAITALL) == data  # all of it is there
         assert group.hear(1) == told
         assert link.is_lost == told.startswith("node") and group.links == {1: link}
@@ -158,7 +158,58 @@ async def test_an_epoch_whose_machines_cannot_be_reached() -> None:
             raise OSError("no descriptor is left")
 
     group = Unreachable(SupervisorConfig(), 0, [])
-    epoch = Epoch(cast(Group, group), 0.0, lambda: 1.0, lambda outputs: None)
-    fault = await asyncio.wait_for(epoch.fault, 5.0)
+    tried = epoch.Epoch(cast(Group, group), 0.0, lambda: 1.0, lambda outputs: None)
+    fault = await asyncio.wait_for(tried.fault, 5.0)
     assert (fault.reason, fault.text) == ("died", "no descriptor is left")
-    await epoch.kill()
+    await tried.kill()
+
+
+async def test_a_node_that_falls_silent_while_the_engine_loads(
+    config: SupervisorConfig, head: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time that starting takes is none of its silence."""
+    monkeypatch.setattr(epoch, "SILENT_S", 0.6)
+    monkeypatch.setattr(epoch, "TICK_S", 0.1)
+
+    class Slow(FakeGroup):
+        def wait_until_started(self) -> None:
+            time.sleep(0.8)
+
+    group = Slow(config, 0, [])
+    with greeted(config, CONTROL, 1):
+        head.join(5.0)
+        group.links = head.links
+        begin_s = time.monotonic()
+        loads = epoch.Epoch(cast(Group, group), 0.0, lambda: 1.0, lambda outputs: None)
+        fault = await asyncio.wait_for(loads.fault, 5.0)
+        assert fault.reason == "stalled" and fault.text.startswith("node 1 has been silent for")
+        assert time.monotonic() - begin_s > 1.3
+        await loads.kill()
+
+
+def test_a_node_is_heard_while_it_starts_ranks(
+    config: SupervisorConfig, head: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one that is of another version says so."""
+    monkeypatch.setattr(node, "BEAT_S", 0.05)
+    heard: list[dict[str, Any]] = []
+
+    class Slow(FakeGroup):
+        def wait_until_started(self) -> None:
+            head.links[1].socket.settimeout(5.0)
+            heard.extend(head.links[1].receive())  # waits for it
+            self.wait(0.0)
+            raise StartupError("it takes too long")
+
+    def start_some(config: EngineConfig, epoch: int, devices: range, *_: object, **__: object) -> FakeGroup:
+        return Slow(config, epoch, list(devices))
+
+    message = {"start": 3, "config": config.engine().to_json(), "ranks": [1, 2]}
+    link = Link(greeted(config, CONTROL, 1))
+    assert head.join(5.0) == []
+    launcher = cast(Launcher, SimpleNamespace(start_some=start_some))
+    assert node._start(config, link, launcher, message) is None and heard[0] == {}
+    message["config"] = json.dumps({"model": "tiny", "of_tomorrow": 1})
+    with pytest.raises(StartupError, match="another version of Octavo"):
+        node._start(config, link, launcher, message)
+    link.close()
