@@ -34,9 +34,10 @@ class Launcher:
         self._socket: socket.socket | None = None
         self._nodes: Nodes | None = None
 
-    def listen(self, config: SupervisorConfig) -> None:
-        """Be the head of several machines. Raises StartupError where it cannot be."""
+    def listen(self, config: SupervisorConfig) -> str:
+        """Be the head of several machines. Returns where, in words. Raises StartupError where it cannot be."""
         self._nodes = Nodes(config)
+        return self._nodes.listens
 
     def join(self, timeout_s: float) -> list[int]:
         """Wait for other machines; those that are missing when the time is over."""

@@ -46,12 +46,15 @@ def run_node(config: SupervisorConfig) -> int:
 
 def _connect(config: SupervisorConfig) -> Link | None:
     """The link to the head. None: there was none for too long."""
-    deadline_s = time.monotonic() + config.max_recovery_time
+    deadline_s, is_told = time.monotonic() + config.max_recovery_time, False
     while True:
         with suppress(OSError):
             return Link(greeted(config, CONTROL, config.node_rank))
         if time.monotonic() > deadline_s:
             return None
+        if not is_told:
+            log.warning("waiting for the head at %s port %d", config.master_addr, config.master_port)
+            is_told = True
         time.sleep(0.2)
 
 

@@ -220,6 +220,13 @@ class Nodes:
                 self._peers.pop(descriptor).connection.close()
         return ranks
 
+    @property
+    def listens(self) -> str:
+        """Where others can join, in words."""
+        host, port = self._listener.getsockname()
+        hint = " (from this machine alone: --master-addr is for an address of its own)" if host[:4] == "127." else ""
+        return f"{host} port {port}{hint}"
+
     def address(self) -> str:
         """This machine's own, as another one reaches it."""
         host: str = next(iter(self.links.values())).socket.getsockname()[0]
