@@ -287,6 +287,8 @@ def _serve(args: argparse.Namespace) -> int:
     if "api_key" in given:
         given["api_key"] = tuple(given["api_key"])
     given = _machines(given)
+    if given.get("nnodes", 1) == 1 and (others := [name for name in MACHINES if name != "nnodes" and name in given]):
+        args.parser.error(f"--{others[0].replace('_', '-')} is for several machines, but --nnodes is 1")
     return run(ServerConfig(model=str(resolve_model(getattr(args, "model", None))), **given))
 
 

@@ -348,6 +348,8 @@ def _log_start(config: ServerConfig, client: EngineClient, listener: socket.sock
             for rung in info.ladder[1:]
         ]
         logger.info("where devices are lost it goes on with fewer ranks: %s", ", ".join(rungs))
+    elif config.nnodes > 1:
+        logger.info("where a device is lost it is waited for: ranks over several machines are not made fewer")
     elif len(info.ranks) > 1:
         logger.info("where a device is lost it cannot go on: fewer ranks do not fit the memory")
     logger.info("listening on http://%s:%d%s", f"[{host}]" if ":" in host else host, port, _note(config))

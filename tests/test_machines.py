@@ -74,6 +74,7 @@ def test_two_machines_on_loopback(tiny: Path, expected: list[Any], tmp_path: Pat
         node = stack.enter_context(launched(tmp_path / "node", *command(tiny, *FLAGS), **place))
         head = stack.enter_context(launched(tmp_path / "head", *machine(tiny, 0, "127.0.0.1", port)))
         head.wait_until_ready()
+        assert "it is waited for: ranks over several machines are not made fewer" in head.log
         client = stack.enter_context(httpx.Client(base_url=head.url, timeout=60))
         assert len(head.rank_pids) == 1 and len(node.rank_pids) == 2
         assert answers(client) == expected
@@ -179,11 +180,38 @@ def test_machines_that_cannot_be(
     assert capsys.readouterr().err.startswith(f"octavo: error: {words}")
 
 
+@pytest.mark.parametrize("flag", ["--node-rank 1", "--master-addr 10.0.0.1", "--nnodes 1 --master-port 29501"])
+@pytest.mark.parametrize("environment", [{}, {"WORLD_SIZE": "1", "RANK": "0"}])
+def test_a_place_among_machines_needs_some(
+    flag: str, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the environment tells of some it is one of them; others' variables alone break nothing."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "/nowhere", *flag.split()])
+    name = flag.split()[-2]
+    words = f"octavo serve: error: {name} is for several machines, but --nnodes is 1\n"
+    assert ended.value.code == 2 and capsys.readouterr().err == words
+    assert main(["serve", "/nowhere"]) == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["serve", "/nowhere", "--tensor-parallel-size", "2", *flag.removeprefix("--nnodes 1 ").split()]) == 1
+    assert all(line.startswith("octavo: error: no model") for line in capsys.readouterr().err.splitlines())
+
+
 @pytest.mark.parametrize(
-    ("number", "words"), [(0, "node 1 did not join within 1 s"), (1, "there is no head at --master-addr 127.0.0.1")]
+    ("number", "waits", "words"),
+    [
+        (0, "waiting for node 1 on 127.0.0.1 port {} (from this machine alone", "node 1 did not join within 1 s"),
+        (1, "waiting for the head at 127.0.0.1 port {}", "there is no head at --master-addr 127.0.0.1"),
+    ],
 )
-def test_a_machine_alone_gives_up(number: int, words: str, tiny: Path, tmp_path: Path) -> None:
-    alone = [*machine(tiny, number, "127.0.0.1", free_port()), "--max-recovery-time", "1"]
+def test_a_machine_alone_gives_up(number: int, waits: str, words: str, tiny: Path, tmp_path: Path) -> None:
+    port = free_port()
+    alone = [*machine(tiny, number, "127.0.0.1", port), "--max-recovery-time", "1"]
     with launched(tmp_path / "log", *alone) as server:
         assert server.process.wait(60) == 1
+        assert server.log.count(waits.format(port)) == 1
         assert server.log.splitlines()[-1].startswith(f"octavo: error: {words}")

@@ -87,7 +87,8 @@ class Epoch(asyncio.Protocol):
         self._killed: asyncio.Task[None] | None = None
         self._first_ended: int | None = None  # rank
         self._begin_s = self._looked_s = time.monotonic()
-        self._since_s = self._begin_s  # from when on silence counts
+        self._since_s = self._begin_s  # from when on the engine's silence counts
+        self._awake_s = self._begin_s  # when this process did not run itself, and could hear nothing
         self._ran_s = self._begin_s  # when no process was stopped
         self._worked_s = self._begin_s  # when a step was being executed
         self._timer = self._loop.call_later(TICK_S, self._look)
@@ -97,13 +98,14 @@ class Epoch(asyncio.Protocol):
         """Takes the socket as soon as the processes are there."""
         try:
             await asyncio.to_thread(self._group.wait_until_started)
-        except StartupError as error:
+        except (StartupError, OSError) as error:
             self.fail("died", str(error))
         if self.fault.done():
             return
         for pidfd in self._group.pidfds:
             self._loop.add_reader(pidfd, self._on_end, pidfd)
         for node, link in self._group.links.items():
+            link.heard_s = time.monotonic()  # nobody has listened until now
             self._loop.add_reader(link.socket.fileno(), self._on_word, node, link)
         self._transport, _ = await self._loop.create_connection(lambda: self, sock=self._group.channel)
 
@@ -239,15 +241,17 @@ class Epoch(asyncio.Protocol):
         self._timer = self._loop.call_later(TICK_S, self._look)
         now, before_s = time.monotonic(), self._looked_s
         self._looked_s = now
-        if now - before_s > 2 * TICK_S or not self.ready.done():
-            self._since_s = now  # this process did not run itself and can tell nothing; or the engine loads
+        if now - before_s > 2 * TICK_S:
+            self._awake_s = self._since_s = now
+        if not self.ready.done():  # the engine loads
+            self._since_s = now
         if not self._group.pids:
             self._group.wake_launcher()
         stopped = [rank for rank, pid in enumerate(self._group.pids) if _is_stopped(pid)]
         if not stopped:
             self._ran_s = now
-        for node, link in self._group.links.items():
-            if (silent_s := now - max(link.heard_s, self._since_s)) > SILENT_S:
+        for node, link in self._group.links.items() if self._connecting.done() else ():
+            if (silent_s := now - max(link.heard_s, self._awake_s)) > SILENT_S:
                 self.fail("stalled", f"node {node} has been silent for {silent_s:.1f} s")
         if not self._deadline_s:
             return

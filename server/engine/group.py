@@ -1,6 +1,7 @@
 """The front end's side of the rank processes: starts those of one epoch, watches them, ends them. Knows no asyncio."""
 
 import json
+import logging
 import os
 import select
 import signal
@@ -15,6 +16,8 @@ from octavo.server.config import EngineConfig, SupervisorConfig
 from octavo.server.engine.nodes import BEAT_S, SILENT_S, Link, Nodes, ranks_of
 from octavo.server.engine.progress import MAX_RANKS, Finding, Progress, RankFigures
 from octavo.server.errors import StartupError
+
+log = logging.getLogger("octavo")
 
 MAX_ANSWER_BYTES = 1 << 12
 POLL_S = 0.01  # where the kernel does not say when a process ends
@@ -31,9 +34,10 @@ class Launcher:
         self._socket: socket.socket | None = None
         self._nodes: Nodes | None = None
 
-    def listen(self, config: SupervisorConfig) -> None:
-        """Be the head of several machines. Raises StartupError where it cannot be."""
+    def listen(self, config: SupervisorConfig) -> str:
+        """Be the head of several machines. Returns where, in words. Raises StartupError where it cannot be."""
         self._nodes = Nodes(config)
+        return self._nodes.listens
 
     def join(self, timeout_s: float) -> list[int]:
         """Wait for other machines; those that are missing when the time is over."""
@@ -221,19 +225,28 @@ class Group:
     def hear(self, node: int) -> str:
         """Take what a machine has to say. Returns what is wrong with it, in words, or nothing."""
         link, wrong = self.links[node], ""
-        for message in link.receive():
-            if message.get("killed") == self._epoch:
-                del self.links[node]
-                return ""
-            if message.get("epoch") != self._epoch:
-                continue
-            ranks = ranks_of(node, self._num_nodes, self._num_ranks)
-            for rank, figures in zip(ranks, message["figures"], strict=True):
-                self.progress.put(rank, RankFigures(*figures))
-            if message["finding"] is not None:
-                self.progress.report(Finding(*message["finding"]))
-            if message["ended"]:
-                wrong = f"an engine process ended (rank {', '.join(map(str, message['ended']))})"
+        try:
+            for message in link.receive():
+                if self._told and message.get("killed") == self._epoch:
+                    del self.links[node]
+                    return ""
+                if message.get("epoch") != self._epoch:
+                    continue
+                ranks = ranks_of(node, self._num_nodes, self._num_ranks)
+                for rank, figures in zip(ranks, message["figures"], strict=True):
+                    num_steps, step_s, collective_s, resident_bytes = figures
+                    self.progress.put(rank, RankFigures(num_steps, step_s, collective_s, resident_bytes))
+                if message["finding"] is not None:
+                    finding = Finding(*message["finding"])
+                    if finding.rank is not None and finding.rank not in range(self._num_ranks):
+                        raise ValueError(f"a finding about rank {finding.rank}")
+                    self.progress.report(finding)
+                if message["ended"]:
+                    wrong = f"an engine process ended (rank {', '.join(map(str, message['ended']))})"
+        except Exception as error:  # whatever is wrong with it, all that another machine can do is to be lost
+            log.error("a word of node %d cannot be read: %s: %s", node, type(error).__name__, error)
+            link.is_lost = True
+            return f"node {node} makes no sense"
         return f"node {node} is gone" if link.is_lost else wrong
 
     def _tell(self) -> None:

@@ -1,16 +1,17 @@
 """A node: the machine of a group that only computes. Does what the head says, which is in `nodes`."""
 
 import logging
-import select
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
+from octavo import __version__
 from octavo.server.config import EngineConfig, SupervisorConfig
 from octavo.server.engine.group import Group, Launcher
-from octavo.server.engine.nodes import BEAT_S, CONTROL, Link, greeted
+from octavo.server.engine.nodes import BEAT_S, CONTROL, Link, greeted, ready
 from octavo.server.errors import StartupError
 
 log = logging.getLogger("octavo")
@@ -45,12 +46,15 @@ def run_node(config: SupervisorConfig) -> int:
 
 def _connect(config: SupervisorConfig) -> Link | None:
     """The link to the head. None: there was none for too long."""
-    deadline_s = time.monotonic() + config.max_recovery_time
+    deadline_s, is_told = time.monotonic() + config.max_recovery_time, False
     while True:
         with suppress(OSError):
             return Link(greeted(config, CONTROL, config.node_rank))
         if time.monotonic() > deadline_s:
             return None
+        if not is_told:
+            log.warning("waiting for the head at %s port %d", config.master_addr, config.master_port)
+            is_told = True
         time.sleep(0.2)
 
 
@@ -60,7 +64,7 @@ def _serve(config: SupervisorConfig, link: Link, launcher: Launcher) -> bool:
     try:
         while not link.is_lost:
             pidfds = running.group.pidfds if running is not None else []
-            if link.socket.fileno() in select.select([link.socket.fileno(), *pidfds], [], [], BEAT_S)[0]:
+            if link.socket.fileno() in ready([link.socket.fileno(), *pidfds], BEAT_S):
                 for message in link.receive():
                     if "end" in message:
                         return True
@@ -96,9 +100,18 @@ def _beat(running: _Ranks | None) -> dict[str, Any]:
 
 
 def _start(config: SupervisorConfig, link: Link, launcher: Launcher, message: dict[str, Any]) -> _Ranks | None:
-    """Start the ranks of an epoch. None where they cannot be, which the head finds out."""
-    epoch, ranks = int(message["start"]), range(*message["ranks"])
-    wanted = replace(EngineConfig.from_json(message["config"]), model=config.model)  # each machine has its own folder
+    """Start the ranks of an epoch. None where they cannot be, which the head finds out.
+
+    Raises StartupError where the head is of another version.
+    """
+    try:
+        epoch, ranks = int(message["start"]), range(*message["ranks"])
+        wanted = replace(EngineConfig.from_json(message["config"]), model=config.model)  # each has its own folder
+    except (KeyError, TypeError, ValueError) as error:
+        raise StartupError(
+            f"the head at --master-addr {config.master_addr} --master-port {config.master_port} seems to be another "
+            f"version of Octavo than {__version__}: {error}"
+        ) from None
     channels: list[socket.socket] = []
     try:
         channels += [greeted(config, epoch, rank) for rank in ranks]
@@ -112,7 +125,11 @@ def _start(config: SupervisorConfig, link: Link, launcher: Launcher, message: di
             address=link.socket.getsockname()[0],
         )
         group.channel.close()  # rank 0's, which is not here
-        group.wait_until_started()
+        with ThreadPoolExecutor(1) as other:  # importing torch may take longer than a node may be silent
+            started = other.submit(group.wait_until_started)
+            while not wait((started,), BEAT_S).done:
+                link.send(_beat(None))
+        started.result()
     except (OSError, StartupError) as error:
         log.error("ranks of epoch %d do not start: %s", epoch, error)
         for channel in channels:

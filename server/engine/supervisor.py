@@ -102,6 +102,7 @@ class Supervisor:
         self._resuming: tuple[Recovery, float] | None = None  # requests go on since then, and none has a token yet
         self._task: asyncio.Task[None] | None = None
         self._missing = ""  # machines that have not joined, in words
+        self._listens = ""  # where they can, in words
 
     @property
     def degraded(self) -> str:
@@ -127,7 +128,7 @@ class Supervisor:
     async def start(self) -> None:
         """Starts the first engine, and learns its answer. Raises StartupError with the engine's own words."""
         if self._config.nnodes > 1:
-            self._launcher.listen(self._config)
+            self._listens = self._launcher.listen(self._config)
             try:
                 async with asyncio.timeout(self._config.max_recovery_time):
                     await self._join()
@@ -300,7 +301,7 @@ class Supervisor:
             self._missing = f"node{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
             if told != self._missing:
                 told = self._missing
-                log.warning("waiting for %s", told)
+                log.warning("waiting for %s on %s", told, self._listens)
 
     async def _check(self) -> Fault | None:
         """Asks the current engine what is known; the first one is believed.
