@@ -8,7 +8,6 @@ from contextlib import suppress
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
-from octavo import __version__
 from octavo.server.config import EngineConfig, SupervisorConfig
 from octavo.server.engine.group import Group, Launcher
 from octavo.server.engine.nodes import BEAT_S, CONTROL, Link, greeted, ready
@@ -109,8 +108,8 @@ def _start(config: SupervisorConfig, link: Link, launcher: Launcher, message: di
         wanted = replace(EngineConfig.from_json(message["config"]), model=config.model)  # each has its own folder
     except (KeyError, TypeError, ValueError) as error:
         raise StartupError(
-            f"the head at --master-addr {config.master_addr} --master-port {config.master_port} seems to be another "
-            f"version of Octavo than {__version__}: {error}"
+            f"the head at --master-addr {config.master_addr} --master-port {config.master_port} must be another "
+            f"version of Octavo: {error}"
         ) from None
     channels: list[socket.socket] = []
     try:
