@@ -259,7 +259,7 @@ async def _start_engine(client: EngineClient, stop: asyncio.Event) -> bool:
 async def _run_until_stopped(state: State, stop: asyncio.Event) -> bool:
     """Waits and logs statistics while something runs. True: told to stop. False: the engine is given up."""
     before, before_s = replace(state.engine.stats), time.monotonic()
-    figures = state.engine.figures
+    figures, info = state.engine.figures, state.engine.info
     while state.engine.state != "dead":
         try:
             async with asyncio.timeout(1.0):
@@ -272,8 +272,10 @@ async def _run_until_stopped(state: State, stop: asyncio.Event) -> bool:
             stats = replace(state.engine.stats)
             if stats.step != before.step:
                 _log_stats(before, stats, now - before_s, state.engine.info.num_blocks)
-                _log_ranks(figures, state.engine.figures)
-            before, before_s, figures = stats, now, state.engine.figures
+                if state.engine.info is info:  # else these are other ranks
+                    _log_ranks(figures, state.engine.figures)
+            before, before_s = stats, now
+            figures, info = state.engine.figures, state.engine.info
     return False
 
 
