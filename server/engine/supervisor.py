@@ -378,6 +378,7 @@ class Supervisor:
         assert self._epoch is not None
         if self._epoch.fault.done():
             return
+        self._refuse_too_long()  # those that came while others were tried alone
         unfinished = [entry for entry in self._journal.entries.values() if entry.open_choices]
         for entry in unfinished:
             self._add(entry)

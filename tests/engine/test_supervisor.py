@@ -441,6 +441,27 @@ async def test_requests_that_fewer_ranks_cannot_hold(groups: Groups) -> None:
             begun(client, GenerationRequest("longer", [1] * 60, SamplingParams(max_tokens=5)))
 
 
+async def test_a_request_that_is_too_long_comes_while_another_is_tried_alone(groups: Groups) -> None:
+    async with on_devices(groups) as (client, first):
+        (a,) = begun(client, request("a"))
+        runs(first, "a")
+        first.die()
+        second = await groups.next()
+        await second.prove(info=info_of(4))
+        await gets(second, Add(a.request, {0: []}))
+        runs(second, "a")
+        second.die()
+        (await groups.next()).send(gone(0))
+        group = await groups.next()
+        await group.prove(info=info_of(3, 64))
+        await gets(group, Add(a.request, {0: []}))
+        (long,) = begun(client, GenerationRequest("long", [1] * 60, SamplingParams(max_tokens=5)))
+        group.step(Delta("a", 0, 0, [5]))
+        await gets(group, Abort("a", 0), Add(a.request, {0: [5]}))
+        (error,) = long.errors
+        assert isinstance(error, RequestError) and error.status == 503 and client.state == "ok"
+
+
 @pytest.mark.parametrize("busy", [False, True])
 async def test_a_device_that_is_back_is_used_again(busy: bool, groups: Groups, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "LOOK_S", 0.0)
