@@ -5,6 +5,7 @@ minutes. The engine then goes down its ladder: numbers of ranks that the memory 
 """
 
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass
 
 WINDOW_S = 600.0  # in which faults are counted
@@ -86,9 +87,15 @@ class Devices:
         self.left_out[device] = LeftOut("failing", faults_s[0] + WINDOW_S, LOOK_S)
         return f"device {device} had {len(faults_s)} faults within {WINDOW_S / 60:.0f} minutes"
 
-    def forgive(self, rank: int) -> None:
-        """The faults of a rank's device were not its own."""
-        self._faults_s[self.used[rank]].clear()
+    def forgive(self, faults_s: Collection[float]) -> None:
+        """Faults at these times were no device's own. One that is left out for them may be chosen again."""
+        for device, counted_s in enumerate(self._faults_s):
+            own_s = [at_s for at_s in counted_s if at_s not in faults_s]
+            if len(own_s) < len(counted_s):
+                counted_s.clear()
+                counted_s.extend(own_s)
+                if device in self.left_out and self.left_out[device].reason == "failing":
+                    del self.left_out[device]
 
     def to_look_for(self, now_s: float) -> list[int]:
         """Devices for which it is time to look; the next time is later."""

@@ -16,7 +16,20 @@ class Entry:
     request: GenerationRequest
     committed: list[list[int]] = field(default_factory=list)  # token ids of each choice
     open_choices: set[int] = field(default_factory=set)
-    num_faults: int = 0  # in a row that found it running: since a token was committed
+    faults_s: list[float] = field(default_factory=list)  # in a row that found it running: since all choices got on
+    stuck: set[int] = field(default_factory=set)  # choices that have no token since the latest of these
+
+    @property
+    def num_faults(self) -> int:
+        """With how many faults in a row some choice of it that is open has not got on."""
+        return len(self.faults_s) if self.stuck & self.open_choices else 0
+
+    def fault(self, now_s: float) -> None:
+        """Counts a fault that found it running. Any of its choices may be the cause."""
+        if not self.num_faults:
+            self.faults_s.clear()
+        self.faults_s.append(now_s)
+        self.stuck = set(self.open_choices)
 
     def unfinished(self) -> dict[int, list[int]]:
         """The tokens of its open choices, from which another engine goes on: as `Scheduler.add` takes them."""
@@ -47,7 +60,7 @@ class Journal:
         if delta.start != len(committed):
             return False
         committed += delta.token_ids
-        entry.num_faults = 0
+        entry.stuck.discard(delta.choice_index)
         if delta.finish_reason is not None:
             entry.open_choices.discard(delta.choice_index)
         return True

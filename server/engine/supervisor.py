@@ -4,8 +4,8 @@
 
 A fault ends an epoch. The journal takes nothing more of it, its processes are killed, the next one is started and asked
 a question whose answer is known; then the unfinished requests are given to it in the order of their arrival, each with
-the tokens that it has. A request that was in the step that failed, twice without a token between, is tried alone first.
-Where recovery does not succeed within its bounds the supervisor gives up.
+the tokens that it has. A request that was in the step that failed, twice without a token of each of its choices
+between, is tried alone first. Where recovery does not succeed within its bounds the supervisor gives up.
 
 Where a device is lost the next epoch has fewer ranks, and more again once it is back: then the epoch is ended as by a
 fault, when no request runs, or when none has been found to be a good time for a while.
@@ -41,6 +41,7 @@ JOIN_S = 0.25  # between two looks at which machines have joined
 PAUSES_S = (0.0, 0.5, 1.0, 2.0, 4.0)  # before a start, by how many have failed in a row
 START_FACTOR, START_S = 4.0, 30.0  # a start may take this many times the first one's time, and this long at least
 SUSPICIOUS = 2  # faults in a row with which a request is tried alone
+SUSPECTING = ("died", "failed", "stalled")  # the reasons of faults that a request may be the cause of
 PHASES = ("detect", "kill", "start", "check", "resume", "total")
 
 EngineState = Literal["starting", "ok", "recovering", "dead"]
@@ -98,7 +99,10 @@ class Supervisor:
         self._answers: dict[tuple[int, int], Answer] = {}  # what the first engine of each kind has answered
         self._asked: tuple[KnownAnswer, asyncio.Future[None]] | None = None
         self._start_limit_s: float | None = None  # of the first start: none
-        self._faults_s: deque[float] = deque(maxlen=config.max_faults + 1)  # when the latest were
+        self._faults_s: deque[float] = deque(
+            maxlen=config.max_faults + 1
+        )  # when the latest were, but those of requests
+        self._caused: Fault | None = None  # the latest that a request was found to be the cause of
         self._resuming: tuple[Recovery, float] | None = None  # requests go on since then, and none has a token yet
         self._task: asyncio.Task[None] | None = None
         self._missing = ""  # machines that have not joined, in words
@@ -260,15 +264,16 @@ class Supervisor:
         is_planned, now_s = fault.reason == "regrown", time.monotonic()
         log.log(logging.WARNING if is_planned else logging.ERROR, "%s", fault.text)
         self._journal.epoch += 1
-        if fault.reason in ("died", "failed", "stalled"):
+        is_caused = fault is self._caused
+        if fault.reason in SUSPECTING and not is_caused:
             for request_id in set(self._epoch.running):  # where each of its choices may be named
                 if (entry := self._journal.entries.get(request_id)) is not None:
-                    entry.num_faults += 1
+                    entry.fault(now_s)
         self.on_fault()
-        if fault.rank is not None and (text := self.devices.fault(fault.rank, fault.is_gone, now_s)):
+        if fault.rank is not None and not is_caused and (text := self.devices.fault(fault.rank, fault.is_gone, now_s)):
             log.error("%s: it is left out", text)
         await self._epoch.kill()
-        if is_planned:
+        if is_planned or is_caused:
             return False
         self._faults_s.append(now_s)
         return len(self._faults_s) > self._config.max_faults and self._faults_s[-1] - self._faults_s[0] < WINDOW_S
@@ -341,22 +346,29 @@ class Supervisor:
         )
 
     async def _try_suspects(self) -> None:
-        """Runs each request under suspicion alone until it has a token more. One that ends the epoch is refused."""
+        """Runs each request under suspicion alone until its choices have a token more.
+
+        One that ends the epoch is refused, and the faults that it was running in are counted no longer.
+        """
         assert self._epoch is not None
         for entry in [entry for entry in self._journal.entries.values() if entry.num_faults >= SUSPICIOUS]:
             name = entry.request.request_id
             log.warning("request %s was running in %d faults: it runs alone", name, entry.num_faults)
             self._add(entry)
-            while entry.open_choices and entry.num_faults and not self._epoch.fault.done():
+            while entry.num_faults and not self._epoch.fault.done():
                 await asyncio.sleep(0.01)
             if self._epoch.fault.done():
-                if entry.open_choices and entry.num_faults and name in self._epoch.running:
+                fault = self._epoch.fault.result()
+                if entry.num_faults and fault.reason in SUSPECTING and name in self._epoch.running:
                     log.error("request %s is given up: it ends the engine when it runs alone", name)
+                    self._caused = fault
+                    self._faults_s = deque(
+                        (at_s for at_s in self._faults_s if at_s not in entry.faults_s), self._faults_s.maxlen
+                    )
+                    self.devices.forgive(entry.faults_s)
                     entry.open_choices.clear()
                     text = "The engine failed each time that it ran this request, the last time alone."
                     self.on_refused(name, RequestError(text, code="engine_failure", status=500))
-                    if (rank := self._epoch.fault.result().rank) is not None:
-                        self.devices.forgive(rank)
                 return
             for index in entry.open_choices:
                 self._epoch.send(Abort(name, index))
@@ -366,6 +378,7 @@ class Supervisor:
         assert self._epoch is not None
         if self._epoch.fault.done():
             return
+        self._refuse_too_long()  # those that came while others were tried alone
         unfinished = [entry for entry in self._journal.entries.values() if entry.open_choices]
         for entry in unfinished:
             self._add(entry)

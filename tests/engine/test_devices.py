@@ -55,11 +55,21 @@ def test_a_device_that_fails_too_often_is_left_out_until_that_is_long_ago() -> N
     assert found.fault(1, False, 2 * WINDOW_S + 2)  # what it did before counts as long as it is in the window
 
 
-def test_faults_that_were_not_its_own() -> None:
-    found = devices(2, 1)
-    for _ in range(9):
-        assert found.fault(1, False, 0.0) is None and found.fault(1, False, 0.0) is None
-        found.forgive(1)
+def test_faults_that_were_no_devices_own() -> None:
+    found = devices(3, 2, 1)
+    assert found.fault(1, False, 0.0) is None
+    for at_s in range(1, 9):
+        assert found.fault(1, False, at_s) is None and found.fault(2, False, at_s) is None
+        found.forgive([at_s])
+    assert found.fault(2, False, 10.0) is None and found.fault(2, False, 11.0) is None
+    assert found.fault(1, False, 12.0) is None
+    assert found.fault(1, False, 13.0) and found.fault(2, False, 14.0)
+    assert found.choose().num_ranks == 1
+    found.forgive([12.0])
+    assert found.choose().num_ranks == 2 and found.used == [0, 1]
+    assert found.fault(1, True, 15.0) == "device 1 is gone"
+    found.forgive([13.0])
+    assert found.choose().num_ranks == 1  # it is still not there
 
 
 def test_a_device_is_looked_for_ever_more_rarely() -> None:

@@ -48,3 +48,18 @@ def test_a_name_is_for_one_request() -> None:
         journal.open(REQUEST)
     journal.close("r")
     assert not journal.commit(0, delta(0, 5))
+
+
+def test_a_request_has_faults_until_all_its_choices_got_on() -> None:
+    journal = Journal()
+    entry = journal.open(REQUEST)
+    entry.fault(1.0)
+    assert journal.commit(0, delta(0, 5)) and entry.num_faults == 1
+    entry.fault(2.0)
+    assert journal.commit(0, delta(1, 5)) and journal.commit(0, delta(2, 5)) and entry.num_faults == 2
+    assert journal.commit(0, delta(0, 7, choice=1)) and entry.num_faults == 0
+    entry.fault(3.0)
+    assert entry.faults_s == [3.0]
+    assert journal.commit(0, delta(1, 8, choice=1)) and entry.num_faults == 1
+    entry.open_choices.discard(0)  # its client has what it wants of it
+    assert entry.num_faults == 0

@@ -46,6 +46,16 @@ async def gets(group: FakeGroup, *messages: ToEngine) -> None:
     await eventually(lambda: group.has_received(*messages))
 
 
+async def has(caller: Caller, num_tokens: int) -> None:
+    """It has so many tokens."""
+    await eventually(lambda: len(caller.token_ids) == num_tokens)
+
+
+async def refused(caller: Caller) -> None:
+    """It gets an error, and the engine goes on."""
+    await eventually(lambda: caller.client.state == "ok" and len(caller.errors) == 1)
+
+
 async def replaced(group: FakeGroup, groups: Groups, how: str = "died") -> FakeGroup:
     """The group has a fault; returns the one after it, which has proved itself."""
     if how == "died":
@@ -246,15 +256,47 @@ async def test_a_suspect_that_gets_on_is_cleared(groups: Groups) -> None:
         third = await replaced(second, groups)
         await eventually(lambda: third.has_received(Add(a.request, {0: [], 1: []})))
         third.step(Delta("a", 0, 0, [5]))
+        await eventually(lambda: a.token_ids == [5])
+        await asyncio.sleep(0.05)
+        await gets(third)  # its other choice may be the cause
+        third.step(Delta("a", 1, 0, [4]))
         await eventually(lambda: third.has_received(Abort("a", 0), Abort("a", 1), Add(b.request, {0: []})))
         third.step(Delta("b", 0, 0, [6], finish_reason=FinishReason.STOP))
-        await eventually(lambda: third.has_received(Add(a.request, {0: [5], 1: []}), Add(c.request, {0: []})))
+        await eventually(lambda: third.has_received(Add(a.request, {0: [5], 1: [4]}), Add(c.request, {0: []})))
         assert client.state == "ok"
         # What it had said before it was stopped, and says again, is taken once.
         third.step(Delta("a", 0, 1, [7]))
         third.step(Delta("a", 0, 1, [7]))
         third.step(Delta("a", 0, 2, [8]))
-        await eventually(lambda: a.token_ids == [5, 7, 8])
+        await eventually(lambda: a.token_ids == [5, 4, 7, 8])
+
+
+async def test_a_request_of_which_one_choice_ends_the_engine_is_refused(groups: Groups) -> None:
+    async with connected(groups) as (client, group):
+        (bad,) = begun(client, request("bad", n=2))
+        for num_faults in (1, 2, 3):
+            group.step(Delta("bad", 0, num_faults - 1, [5]))
+            await has(bad, num_faults)
+            runs(group, "bad", "bad")
+            group = await replaced(group, groups)
+            if num_faults < 3:
+                await gets(group, Add(bad.request, {0: [5] * num_faults, 1: []}))
+        await refused(bad)
+
+
+async def test_changed_bits_are_not_the_fault_of_who_runs_alone(groups: Groups) -> None:
+    async with connected(groups) as (client, first):
+        (a,) = begun(client, request("a"))
+        runs(first, "a")
+        second = await replaced(first, groups)
+        runs(second, "a")
+        third = await replaced(second, groups)
+        await gets(third, Add(a.request, {0: []}))
+        runs(third, "a")
+        third.progress.report(Finding(0, "weights", "layers[0].norm.weight has changed"))
+        fourth = await replaced(third, groups)
+        await gets(fourth, Add(a.request, {0: []}))
+        assert not a.errors
 
 
 async def test_a_request_with_several_choices_is_under_no_more_suspicion(groups: Groups) -> None:
@@ -356,18 +398,26 @@ async def test_a_rank_that_fails_again_and_again(groups: Groups) -> None:
         await eventually(lambda: client.degraded == "3 of 4 ranks: device 0 is failing")
 
 
-async def test_a_request_is_blamed_and_not_the_device(groups: Groups) -> None:
-    async with on_devices(groups, max_device_faults=2) as (client, group):
-        (bad,) = begun(client, request("bad"))
-        for num_faults in (1, 2, 3):
-            runs(group, "bad")
+@pytest.mark.parametrize("ranks", [(2, 2, 2), (1, 2, 1)])
+async def test_a_request_is_blamed_and_not_the_device_nor_the_engine(ranks: tuple[int, ...], groups: Groups) -> None:
+    async with on_devices(groups, max_device_faults=2, max_faults=3) as (client, group):
+        for name in ("a", "b", "c", "d"):
+            (bad,) = begun(client, request(name))
+            for num_faults, rank in enumerate(ranks, 1):
+                runs(group, name)
+                group.send(Failed("engine failed: KeyError", startup=False, rank=rank))
+                group = await groups.next()
+                assert len(group.devices) == 4
+                await group.prove(info=info_of(4))
+                if num_faults < 3:
+                    await gets(group, Add(bad.request, {0: []}))
+            await refused(bad)
+        for _ in range(3):  # those of others still end it
+            assert client.state != "dead"
             group.die()
             group = await groups.next()
-            assert len(group.devices) == 4
-            await group.prove(info=info_of(4))
-            if num_faults < 3:
-                await gets(group, Add(bad.request, {0: []}))
-        await eventually(lambda: client.state == "ok" and len(bad.errors) == 1)
+        group.die()
+        await eventually(lambda: client.state == "dead")
 
 
 async def test_requests_that_fewer_ranks_cannot_hold(groups: Groups) -> None:
@@ -389,6 +439,27 @@ async def test_requests_that_fewer_ranks_cannot_hold(groups: Groups) -> None:
         assert "goes on with 1 ranks, which hold 64 tokens of context; this request may need 65" in error.message
         with pytest.raises(RequestError, match="may need 65"):
             begun(client, GenerationRequest("longer", [1] * 60, SamplingParams(max_tokens=5)))
+
+
+async def test_a_request_that_is_too_long_comes_while_another_is_tried_alone(groups: Groups) -> None:
+    async with on_devices(groups) as (client, first):
+        (a,) = begun(client, request("a"))
+        runs(first, "a")
+        first.die()
+        second = await groups.next()
+        await second.prove(info=info_of(4))
+        await gets(second, Add(a.request, {0: []}))
+        runs(second, "a")
+        second.die()
+        (await groups.next()).send(gone(0))
+        group = await groups.next()
+        await group.prove(info=info_of(3, 64))
+        await gets(group, Add(a.request, {0: []}))
+        (long,) = begun(client, GenerationRequest("long", [1] * 60, SamplingParams(max_tokens=5)))
+        group.step(Delta("a", 0, 0, [5]))
+        await gets(group, Abort("a", 0), Add(a.request, {0: [5]}))
+        (error,) = long.errors
+        assert isinstance(error, RequestError) and error.status == 503 and client.state == "ok"
 
 
 @pytest.mark.parametrize("busy", [False, True])
