@@ -147,6 +147,15 @@ def test_scales_of_rows_that_are_zero_tiny_or_not_finite() -> None:
     assert torch.equal(scales[blocks, 1, 0, offsets].nan_to_num(-1), want_scales.nan_to_num(-1))
 
 
+def test_a_row_of_zeros_in_float8() -> None:
+    if not has_float8(backend.device()):
+        pytest.skip("the chip has no float8")
+    case = Case(1, 9, 3, 64, 64, 16, F16, FP8)
+    case.qkv[0] = 0.0
+    _, cache, scales = case.run()
+    assert scales is not None and not cache[0, :, :, 0].float().any() and not scales[0, :, :, 0].any()
+
+
 @pytest.mark.parametrize("rotary_size", [40, 96])
 def test_scales_are_of_what_there_is(rotary_size: int) -> None:
     """Small numbers, beside columns of a tile that no head has."""
