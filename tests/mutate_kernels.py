@@ -4,7 +4,7 @@
 
 Mutants are made of what `triton.jit` decorates, and of the PTX of one launch of each kernel. Each runs in a fork of a
 process that has imported everything. What has been found out is kept in build/mutation.jsonl and build/mutation: a run
-which was stopped goes on, and survivors are tried again once tests have changed. docs/mutation.md tells more.
+which was stopped goes on, as long as neither kernels nor what judges them changes. docs/mutation.md tells more.
 """
 
 import argparse
@@ -416,8 +416,15 @@ def explained(kernel: str, name: str) -> str | None:
     return None
 
 
-def _digest(*paths: Path) -> str:
-    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:12]
+def _key(kernel: str) -> str:
+    """A digest of all that a verdict depends on."""
+    import triton
+
+    tests = ROOT / "tests"
+    paths = [*KERNELS.glob("*.py"), *(tests / "gpu_without_gpu").glob("*.py"), ROOT / TESTS[kernel][0]]
+    paths += [tests / "gpu" / "conftest.py", tests / "gpu" / "packed_4bit.py"]
+    content = b"".join(path.read_bytes() for path in sorted(paths)) + triton.__version__.encode()
+    return hashlib.sha256(content).hexdigest()[:12]
 
 
 def _unchanged(kernel: str, kept: Path) -> dict[str, Any]:
@@ -435,18 +442,14 @@ def _unchanged(kernel: str, kept: Path) -> dict[str, Any]:
 def run(kernel: str, count: int | None, seed: int, jobs: int, only: list[str], results: Path) -> list[dict[str, Any]]:
     """The verdicts on a kernel's mutants, those that are known already included."""
     source = (KERNELS / f"{kernel}.py").read_text()
-    tests = _digest(ROOT / TESTS[kernel][0], ROOT / "tests" / "gpu" / "conftest.py")
-    version = _digest(KERNELS / f"{kernel}.py")
+    key = _key(kernel)
     known = {}
     if results.exists():
         for entry in map(json.loads, results.read_text().splitlines()):
-            is_valid = entry["version"] == version and (
-                entry["outcome"] in ("killed", "invalid") or entry["tests"] == tests
-            )
-            if entry["kernel"] == kernel and is_valid:
+            if entry["kernel"] == kernel and entry.get("key") == key:
                 known[entry["name"]] = entry
 
-    verdict = _unchanged(kernel, results.with_suffix("") / f"{kernel}-{version}-{tests}.json")
+    verdict = _unchanged(kernel, results.with_suffix("") / f"{kernel}-{key}.json")
     deadline = 20 + 4 * float(verdict["seconds"])
     mutants = list(source_mutants(kernel, source, kernel in SAME_BITS))
     from_ptx = list(ptx_mutants(kernel, source, verdict["ptx"]))
@@ -468,10 +471,10 @@ def run(kernel: str, count: int | None, seed: int, jobs: int, only: list[str], r
                 running.remove(trial)
                 assert trial.mutant is not None
                 verdict_of.pop("ptx", None)
-                is_same = verdict_of.pop("code", None) == verdict["code"] and trial.mutant.source
-                if verdict_of["outcome"] == "survived" and is_same:
+                is_same = verdict["code"] and verdict_of.pop("code", None) == verdict["code"]
+                if verdict_of["outcome"] == "survived" and trial.mutant.source and is_same:
                     verdict_of["outcome"] = "same code"
-                entry = {"kernel": kernel, "name": trial.mutant.name, "version": version, "tests": tests, **verdict_of}
+                entry = {"kernel": kernel, "name": trial.mutant.name, "key": key, **verdict_of}
                 found.append(entry)
                 with results.open("a") as file:
                     file.write(json.dumps(entry) + "\n")
@@ -521,6 +524,7 @@ def main() -> int:
                 print(f"{kernel}: {mutant.name}")
         return 0
 
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # PTX is judged where it is executed here, not on a GPU
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     os.chdir(ROOT)
     import gpu_without_gpu  # noqa: F401
@@ -543,6 +547,11 @@ def main() -> int:
     ]
     for entry in missed:
         print(f"missed: {entry['kernel']}: {entry['name']}")
+    if options.all and not options.only:
+        survivors = [(entry["kernel"], entry["name"]) for entry in found if entry["outcome"] == "survived"]
+        for kernel, pattern, _ in explanations():
+            if kernel in kernels and not any(of == kernel and matches(name, pattern) for of, name in survivors):
+                print(f"explains no survivor: {kernel}: {pattern}")
     return int(bool(missed))
 
 

@@ -121,15 +121,16 @@ def test_rotated_rows_have_the_native_kernels_bits(head_size: int, rotary_size: 
 
 
 def test_scales_of_rows_that_are_zero_tiny_or_not_finite() -> None:
-    case = Case(6, 1, 1, 16, 16, 16, BF16, INT8)
+    case = Case(7, 1, 1, 16, 16, 16, BF16, INT8)
     case.positions[:] = 0
     case.cos_sin[0, :8], case.cos_sin[0, 8:] = 1.0, 0.0  # no rotation
-    rows = case.qkv.view(6, 3, 16)
+    rows = case.qkv.view(7, 3, 16)
     rows[0] = 0.0
     rows[1] = 2.0**-133  # the least number there is, whose scale float32 holds with a few bits
     rows[2, :, 3] = float("nan")
     rows[3] = torch.tensor([127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5] * 2)  # scale 1: halves go to even
     rows[4, :, :] = -3.0
+    rows[5, 2, 3], rows[5, 2, 11] = float("inf"), float("-inf")  # a value's, which is not rotated
     _, cache, scales = case.run()
     assert scales is not None
     blocks, offsets = case.slots // 16, case.slots % 16
@@ -140,6 +141,19 @@ def test_scales_of_rows_that_are_zero_tiny_or_not_finite() -> None:
     assert scale[2].isnan()  # what is not a number stays so
     assert scale[3] == 1.0 and stored[3].tolist() == [127, 0, 2, 2, 0, -2, -2, 126] * 2
     assert scale[4] == torch.tensor(3.0) / 127 and (stored[4] == -127).all()
+    assert scales[blocks, 1, 0, offsets][5] == torch.inf
+    want, want_scales = reference.quantise(rows[:, 2], INT8)
+    assert torch.equal(cache[blocks, 1, 0, offsets], want)
+    assert torch.equal(scales[blocks, 1, 0, offsets].nan_to_num(-1), want_scales.nan_to_num(-1))
+
+
+def test_a_row_of_zeros_in_float8() -> None:
+    if not has_float8(backend.device()):
+        pytest.skip("the chip has no float8")
+    case = Case(1, 9, 3, 64, 64, 16, F16, FP8)
+    case.qkv[0] = 0.0
+    _, cache, scales = case.run()
+    assert scales is not None and not cache[0, :, :, 0].float().any() and not scales[0, :, :, 0].any()
 
 
 @pytest.mark.parametrize("rotary_size", [40, 96])
@@ -157,6 +171,18 @@ def test_rows_far_apart(far_apart: Callable[[torch.Tensor], torch.Tensor]) -> No
     cos_sin, positions, slots = (x.to(backend.device()) for x in (case.cos_sin, case.positions, case.slots))
     gpu.launch(qkv, cos_sin, positions, slots, cache, case.heads, None)
     assert torch.equal(qkv.cpu(), want) and torch.equal(cache.cpu(), want_cache)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="takes more memory than a GPU may have")
+def test_positions_whose_angles_lie_past_2_to_the_31() -> None:
+    case = Case(3, 2, 1, 256, 256, 16, BF16, BF16)
+    want, want_cache, _ = case.run()
+    first = 2**31 // 256
+    table = torch.empty(first + len(case.cos_sin), 256)  # most of it is never touched
+    table[first:], case.cos_sin = case.cos_sin, table
+    case.positions += first
+    got, cache, _ = case.run()
+    assert torch.equal(got, want) and torch.equal(cache, want_cache)
 
 
 def test_wrong_arguments_are_named() -> None:
