@@ -21,6 +21,7 @@ TYPES = (
 )
 # These have neither products by tensor cores nor approximate functions: every bit is the same on every chip.
 EXACT = {
+    "checksum, of a weight",
     "dequantize_4bit, down",
     "embedding",
     "rotary_kv_write",
