@@ -2,6 +2,7 @@
 
 import ctypes
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -114,6 +115,46 @@ class MatmulArgs(Args):
     ]
 
 
+class Weight(Protocol):
+    """What products need to know of a weight [n, k], whatever it is packed into."""
+
+    @property
+    def n(self) -> int: ...  # noqa: D102
+    @property
+    def k(self) -> int: ...  # noqa: D102
+    @property
+    def dtype(self) -> torch.dtype: ...  # noqa: D102
+    @property
+    def num_parts(self) -> int: ...  # noqa: D102
+
+
+def product_out(
+    x: Tensor,
+    weight: Weight,
+    num_parts: int,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Checks the arguments of a product with a weight of so many parts, and gives what its result is to be written to.
+
+    Raises ValueError on a wrong argument.
+    """
+    out_dtype = out_dtype or x.dtype
+    check(x, "x", (None, weight.k), weight.dtype, contiguous=False)
+    if out_dtype not in (x.dtype, torch.float32):
+        raise ValueError(f"out_dtype: is {out_dtype}, expected {x.dtype} or {torch.float32}")
+    if weight.num_parts != num_parts:
+        raise ValueError(f"weight: has {weight.num_parts} parts, expected {num_parts}")
+    shape = x.shape[0], weight.n // num_parts
+    if bias is not None:
+        check(bias, "bias", (weight.n,), torch.float32)
+    if residual is not None:
+        check(residual, "residual", shape, out_dtype)
+    return output(out, shape, out_dtype)
+
+
 def matmul(
     x: Tensor,
     weight: PackedWeight,
@@ -128,20 +169,9 @@ def matmul(
     Returns [m, n] in `out_dtype` (default x's; float32 is the other choice), in `out` if given, which may be the
     residual. Raises ValueError on a wrong argument.
     """
-    out_dtype = out_dtype or x.dtype
-    check(x, "x", (None, weight.k), weight.dtype, contiguous=False)
-    if out_dtype not in (x.dtype, torch.float32):
-        raise ValueError(f"out_dtype: is {out_dtype}, expected {x.dtype} or {torch.float32}")
-    m = x.shape[0]
-    if weight.num_parts != 1:
-        raise ValueError(f"weight: has {weight.num_parts} parts, expected 1")
-    if bias is not None:
-        check(bias, "bias", (weight.n,), torch.float32)
-    if residual is not None:
-        check(residual, "residual", (m, weight.n), out_dtype)
-    out = output(out, (m, weight.n), out_dtype)
+    out = product_out(x, weight, 1, bias, residual, out_dtype, out)
     if kernels() == "torch":
-        return out.copy_(reference.matmul(x, weight.data.view(-1, weight.k), bias, residual, out_dtype))
+        return out.copy_(reference.matmul(x, weight.data.view(-1, weight.k), bias, residual, out.dtype))
     if kernels() == "triton" and not exact():
         return _vendor_matmul(x, weight, bias, residual, out)
     _launch(x, weight, bias, residual, out)
@@ -154,12 +184,7 @@ def gated_matmul(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, ou
     x: [m, k], rows may be strided; weight: of two parts, gate first; bias: [n] float32. Returns [m, n / 2] in x's
     dtype, in `out` if given. Raises ValueError on a wrong argument. Shazeer, arXiv 2002.05202.
     """
-    check(x, "x", (None, weight.k), weight.dtype, contiguous=False)
-    if weight.num_parts != 2:
-        raise ValueError(f"weight: has {weight.num_parts} parts, expected 2")
-    if bias is not None:
-        check(bias, "bias", (weight.n,), torch.float32)
-    out = output(out, (x.shape[0], weight.n // 2), x.dtype)
+    out = product_out(x, weight, 2, bias, out=out)
     if kernels() == "torch":
         return out.copy_(reference.gated_matmul(x, weight.data.view(-1, weight.k), bias))
     if kernels() == "triton" and not exact():

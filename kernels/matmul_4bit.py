@@ -11,7 +11,7 @@ from octavo.kernels import reference
 from octavo.kernels.backend import device, kernels
 from octavo.kernels.checks import check, compute_dtypes, output
 from octavo.kernels.cpu.library import Args, address, launch
-from octavo.kernels.matmul import PANEL, MatmulArgs, matmul_args
+from octavo.kernels.matmul import PANEL, MatmulArgs, matmul_args, product_out
 
 SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # in the order of the native ops' ScaleType
 
@@ -222,20 +222,9 @@ def matmul_4bit(
     Returns [m, n] in `out_dtype` (default x's; float32 is the other choice), in `out` if given, which may be the
     residual. Raises ValueError on a wrong argument.
     """
-    out_dtype = out_dtype or x.dtype
-    check(x, "x", (None, weight.k), weight.dtype, contiguous=False)
-    if out_dtype not in (x.dtype, torch.float32):
-        raise ValueError(f"out_dtype: is {out_dtype}, expected {x.dtype} or {torch.float32}")
-    m = x.shape[0]
-    if weight.num_parts != 1:
-        raise ValueError(f"weight: has {weight.num_parts} parts, expected 1")
-    if bias is not None:
-        check(bias, "bias", (weight.n,), torch.float32)
-    if residual is not None:
-        check(residual, "residual", (m, weight.n), out_dtype)
-    out = output(out, (m, weight.n), out_dtype)
+    out = product_out(x, weight, 1, bias, residual, out_dtype, out)
     if kernels() == "torch":
-        return out.copy_(reference.matmul(x, dequantize_4bit(weight), bias, residual, out_dtype))
+        return out.copy_(reference.matmul(x, dequantize_4bit(weight), bias, residual, out.dtype))
     _launch(x, weight, bias, residual, out)
     return out
 
@@ -246,12 +235,7 @@ def gated_matmul_4bit(x: Tensor, weight: Packed4Bit, bias: Tensor | None = None,
     x: [m, k], rows may be strided; weight: of two parts, gate first; bias: [n] float32. Returns [m, n / 2] in x's
     dtype, in `out` if given. Raises ValueError on a wrong argument.
     """
-    check(x, "x", (None, weight.k), weight.dtype, contiguous=False)
-    if weight.num_parts != 2:
-        raise ValueError(f"weight: has {weight.num_parts} parts, expected 2")
-    if bias is not None:
-        check(bias, "bias", (weight.n,), torch.float32)
-    out = output(out, (x.shape[0], weight.n // 2), x.dtype)
+    out = product_out(x, weight, 2, bias, out=out)
     if kernels() == "torch":
         return out.copy_(reference.gated_matmul(x, dequantize_4bit(weight), bias))
     _launch(x, weight, bias, None, out)
