@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -13,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from octavo.server.config import EngineConfig, SupervisorConfig
-from octavo.server.engine.nodes import BEAT_S, SILENT_S, Link, Nodes, ranks_of
+from octavo.server.engine.nodes import BEAT_S, SILENT_S, Link, Nodes, ranks_of, ready
 from octavo.server.engine.progress import MAX_RANKS, Finding, Progress, RankFigures
 from octavo.server.errors import StartupError
 
@@ -182,7 +181,7 @@ class Group:
     def ended(self) -> list[int]:
         """The ranks whose processes have ended."""
         if self.pidfds:
-            readable = _readable(self.pidfds, 0.0)
+            readable = ready(self.pidfds, 0.0)
             return [rank for rank, pidfd in enumerate(self.pidfds) if pidfd in readable]
         return [rank for rank, pid in enumerate(self.pids) if not _runs(pid)]
 
@@ -209,7 +208,7 @@ class Group:
             running = [pidfd for rank, pidfd in enumerate(self.pidfds) if rank not in ended]
             nodes = {link.socket.fileno(): node for node, link in self.links.items()}
             polls = len(ended) < len(self.pids) and not running
-            readable = _readable([*running, *nodes], min(left_s, POLL_S if polls else BEAT_S))
+            readable = ready([*running, *nodes], min(left_s, POLL_S if polls else BEAT_S))
             for node in [nodes[each] for each in readable if each in nodes]:
                 self.hear(node)
             for node, link in list(self.links.items()):
@@ -255,14 +254,6 @@ class Group:
             self._told = True
             for link in self.links.values():
                 link.send({"kill": self._epoch})
-
-
-def _readable(descriptors: Sequence[int], timeout_s: float) -> list[int]:
-    """Those that are readable, once one is. With many clients their numbers are higher than what select() takes."""
-    poll = select.poll()
-    for descriptor in descriptors:
-        poll.register(descriptor, select.POLLIN)
-    return [descriptor for descriptor, _ in poll.poll(timeout_s * 1e3)]
 
 
 def _runs(pid: int) -> bool:
