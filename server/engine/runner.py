@@ -118,7 +118,7 @@ class Runner:
         result = StepResult(plan.epoch, plan.step)
         for index in self._prompt_logprob_indices(plan):
             self._prompt_logprobs(result, plan, index, hidden[ends[index] - nums[index] : ends[index]])
-        for index in [i for i, slot in enumerate(plan.slots) if slot in self._audits]:
+        for index in [i for i, slot in enumerate(plan.slots) if slot in self._audits] if self._audits else ():
             self._audit(result, plan, index, hidden[ends[index] - nums[index] : ends[index]])
         if len(sampled):
             hidden = hidden.index_select(0, self._inputs.part("sampled", len(sampled)))
