@@ -1,9 +1,12 @@
 """Fixtures that many tests share: the default model, and tiny random checkpoints."""
 
-from collections.abc import Callable
+import asyncio
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from api_fakes import make_tokenizer
 from tiny_models import TINY, TINY_MODELS
 
 from octavo.server.pull import DEFAULT_MODEL, pull
@@ -39,3 +42,25 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
         return made[name]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def served_checkpoint(
+    tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """name in TINY_MODELS -> a folder of one's own with such a checkpoint and a byte-level tokenizer."""
+
+    def make(name: str) -> Path:
+        folder = tmp_path_factory.mktemp("served") / "tiny"
+        make_tokenizer(folder)
+        shutil.copytree(tiny_checkpoint(name), folder, dirs_exist_ok=True)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def runner() -> Iterator[asyncio.Runner]:
+    """A loop that lives as long as a module's tests."""
+    with asyncio.Runner() as runner:
+        yield runner

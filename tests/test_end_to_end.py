@@ -22,7 +22,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from api_fakes import eventually, make_tokenizer
+from api_fakes import eventually
 from servers import READY_S, Server, command, launched, processes, serving, stat
 
 # Whoever halts the engine is not to be taken for a fault.
@@ -33,11 +33,9 @@ CAPITAL = "The capital of France is"
 
 
 @pytest.fixture(scope="module")
-def tiny(tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny(served_checkpoint: Callable[[str], Path]) -> Path:
     """A model that starts in no time, with a byte-level tokenizer and a context that no test fills."""
-    folder = tmp_path_factory.mktemp("served") / "tiny"
-    make_tokenizer(folder)
-    shutil.copytree(tiny_checkpoint("llama2"), folder, dirs_exist_ok=True)
+    folder = served_checkpoint("llama2")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 8192}))
     return folder

@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
-from api_fakes import eventually, make_tokenizer
+from api_fakes import eventually
 from servers import command, launched, processes
 
 from octavo.server.cli import main
@@ -27,11 +27,8 @@ ADDRESSES = ("10.213.7.1", "10.213.7.2")
 
 
 @pytest.fixture(scope="module")
-def tiny(tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("machines") / "tiny"
-    make_tokenizer(folder)
-    shutil.copytree(tiny_checkpoint("smollm2"), folder, dirs_exist_ok=True)
-    return folder
+def tiny(served_checkpoint: Callable[[str], Path]) -> Path:
+    return served_checkpoint("smollm2")
 
 
 def free_port() -> int:

@@ -6,14 +6,12 @@ A sample of the matrix that `benchmarks/chaos.py` goes through.
 import asyncio
 import os
 import re
-import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from api_fakes import make_tokenizer
 from servers import command, launched
 
 from octavo.benchmarks.chaos import Chaos, Outcome, Planned, matrix, suffering, table
@@ -35,17 +33,8 @@ SAMPLE = [
 
 
 @pytest.fixture(scope="module")
-def model(tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("chaos") / "tiny"
-    make_tokenizer(folder)
-    shutil.copytree(tiny_checkpoint("smollm2"), folder, dirs_exist_ok=True)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def runner() -> Iterator[asyncio.Runner]:
-    with asyncio.Runner() as runner:
-        yield runner
+def model(served_checkpoint: Callable[[str], Path]) -> Path:
+    return served_checkpoint("smollm2")
 
 
 @pytest.fixture(scope="module")

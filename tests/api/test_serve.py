@@ -275,13 +275,19 @@ async def test_probes_may_ask_for_the_head(tmp_path: Path, monkeypatch: pytest.M
         assert answer.startswith(b"HTTP/1.1 200") and answer.endswith(b"\r\n\r\n")
 
 
+async def draining(server: Running) -> asyncio.Task[httpx.Response]:
+    """A request that runs while the server drains, until `server.engine.go` is set."""
+    server.engine.go.clear()
+    post = asyncio.create_task(server.http.post("/v1/completions", json={"prompt": "a"}))
+    await eventually(lambda: server.engine.num_running == 1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    await server.until_draining()
+    return post
+
+
 async def test_draining_lets_running_requests_finish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with running(tmp_path, monkeypatch) as server:
-        server.engine.go.clear()
-        post = asyncio.create_task(server.http.post("/v1/completions", json={"prompt": "a"}))
-        await eventually(lambda: server.engine.num_running == 1)
-        os.kill(os.getpid(), signal.SIGTERM)
-        await server.until_draining()
+        post = await draining(server)
         assert (await server.http.get("/health")).json() == {"status": "draining"}
         refused = await server.http.post("/v1/completions", json={"prompt": "b"})
         assert (refused.status_code, "retry-after" in refused.headers) == (503, True)
@@ -334,11 +340,7 @@ async def test_an_engine_that_is_given_up_while_draining_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with running(tmp_path, monkeypatch) as server:
-        server.engine.go.clear()
-        post = asyncio.create_task(server.http.post("/v1/completions", json={"prompt": "a"}))
-        await eventually(lambda: server.engine.num_running == 1)
-        os.kill(os.getpid(), signal.SIGTERM)
-        await server.until_draining()
+        post = await draining(server)
         server.engine.state = "dead"
         server.engine.go.set()
         await post

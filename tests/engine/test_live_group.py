@@ -52,12 +52,6 @@ class Streams:
 
 
 @pytest.fixture(scope="module")
-def runner() -> Iterator[asyncio.Runner]:
-    with asyncio.Runner() as runner:
-        yield runner
-
-
-@pytest.fixture(scope="module")
 def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that faults are asked for in."""
     return tmp_path_factory.mktemp("faults")

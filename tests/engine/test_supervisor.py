@@ -88,6 +88,14 @@ async def test_requests_go_on_where_they_were(groups: Groups, how: str) -> None:
         assert not (a.errors or b.errors or c.errors)
 
 
+async def replaced_twice(first: FakeGroup, groups: Groups, *request_ids: str) -> FakeGroup:
+    """Requests are in the step of two faults: from then on they are under suspicion."""
+    runs(first, *request_ids)
+    second = await replaced(first, groups)
+    runs(second, *request_ids)
+    return await replaced(second, groups)
+
+
 async def test_nothing_is_taken_of_an_epoch_that_has_ended(groups: Groups) -> None:
     async with connected(groups) as (client, first):
         (a,) = begun(client, request("a"))
@@ -250,10 +258,7 @@ async def test_a_request_that_ends_the_engine_alone_is_refused(groups: Groups) -
 async def test_a_suspect_that_gets_on_is_cleared(groups: Groups) -> None:
     async with connected(groups) as (client, first):
         a, b, c = begun(client, request("a", n=2), request("b"), request("c"))
-        runs(first, "a", "b")
-        second = await replaced(first, groups)
-        runs(second, "a", "b")
-        third = await replaced(second, groups)
+        third = await replaced_twice(first, groups, "a", "b")
         await eventually(lambda: third.has_received(Add(a.request, {0: [], 1: []})))
         third.step(Delta("a", 0, 0, [5]))
         await eventually(lambda: a.token_ids == [5])
@@ -287,10 +292,7 @@ async def test_a_request_of_which_one_choice_ends_the_engine_is_refused(groups: 
 async def test_changed_bits_are_not_the_fault_of_who_runs_alone(groups: Groups) -> None:
     async with connected(groups) as (client, first):
         (a,) = begun(client, request("a"))
-        runs(first, "a")
-        second = await replaced(first, groups)
-        runs(second, "a")
-        third = await replaced(second, groups)
+        third = await replaced_twice(first, groups, "a")
         await gets(third, Add(a.request, {0: []}))
         runs(third, "a")
         third.progress.report(Finding(0, "weights", "layers[0].norm.weight has changed"))
@@ -310,10 +312,7 @@ async def test_a_request_with_several_choices_is_under_no_more_suspicion(groups:
 async def test_a_suspect_may_leave(groups: Groups) -> None:
     async with connected(groups) as (client, first):
         (a,) = begun(client, request("a"))
-        runs(first, "a")
-        second = await replaced(first, groups)
-        runs(second, "a")
-        third = await replaced(second, groups)
+        third = await replaced_twice(first, groups, "a")
         await eventually(lambda: third.has_received(Add(a.request, {0: []})))
         client.end("a")
         await eventually(lambda: client.state == "ok")
