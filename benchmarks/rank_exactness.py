@@ -1,6 +1,6 @@
 """What the number of ranks does to results: nothing to what is promised.
 
-    python -m octavo.benchmarks.ranks MODEL --exactness 3,4,7 --closeness 1,2,4,8
+    python -m octavo.benchmarks.rank_exactness MODEL --exactness 3,4,7 --closeness 1,2,4,8
 
 - exactness: in bfloat16, requests of all kinds, each alone, then all at once with prefills cut small and large, with
   their prefixes cached, and with too few blocks, so that choices are preempted: tokens and log-probabilities that are
@@ -149,7 +149,7 @@ def check_closeness(model: str, counts: list[int]) -> list[dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs both parts; 1 also if they could not be run, 2 for wrong flags (by SystemExit)."""
-    parser = argparse.ArgumentParser(prog="ranks", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="rank_exactness", description=__doc__.splitlines()[0])
     parser.add_argument(
         "model", metavar="MODEL", nargs="?", help="a folder or pulled name (default: the default model)"
     )
