@@ -4,7 +4,7 @@
 
 States the ceiling first: what a token costs in bytes and FLOPs by the model's own shape, and the read bandwidth and
 matmul rate that torch reaches here, measured in the same run. Then measures each phase by itself and gives it as a
-share of its ceiling. The last line of stdout is JSON.
+share of its ceiling; where weights are compressed, reading takes less than is stated. The last line of stdout is JSON.
 """
 
 import argparse

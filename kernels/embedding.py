@@ -9,7 +9,7 @@ from octavo.kernels import reference
 from octavo.kernels.backend import kernels
 from octavo.kernels.checks import check, output
 from octavo.kernels.cpu.library import Args, address, launch
-from octavo.kernels.matmul import PackedWeight
+from octavo.kernels.matmul import CompressedArgs, PackedWeight, compressed_args
 
 
 class _Args(Args):
@@ -22,6 +22,16 @@ class _Args(Args):
         ("n", ctypes.c_int64),
         ("k", ctypes.c_int64),
         ("is_bf16", ctypes.c_int64),
+    ]
+
+
+class _CompressedArgs(Args):
+    _fields_ = [
+        ("count", ctypes.c_int64),
+        ("out", ctypes.c_void_p),
+        ("ids", ctypes.c_void_p),
+        ("first_id", ctypes.c_int64),
+        ("weight", CompressedArgs),
     ]
 
 
@@ -42,6 +52,10 @@ def embedding(token_ids: Tensor, weight: PackedWeight, out: Tensor | None = None
         from octavo.kernels.gpu import embedding as gpu  # here, since importing Triton takes its time
 
         gpu.launch(token_ids, weight.data.view(-1, weight.k), first_id, out)
+        return out
+    if (compressed := compressed_args(weight)) is not None:
+        compressed_rows = _CompressedArgs(count, address(out), address(token_ids), first_id, compressed)
+        launch("octavo_embedding_compressed", compressed_rows)
         return out
     args = _Args(
         count,

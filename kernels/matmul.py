@@ -1,6 +1,7 @@
 """Linear layers in one canonical order: a row's bits do not depend on how many rows share the call."""
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,9 +12,12 @@ from octavo.kernels import reference
 from octavo.kernels.activation_mul import silu_mul
 from octavo.kernels.backend import device, exact, kernels
 from octavo.kernels.checks import COMPUTE_DTYPES, check, compute_dtypes, output
-from octavo.kernels.cpu.library import Args, address, launch
+from octavo.kernels.cpu.library import Args, address, empty_in_huge_pages, launch
 
 PANEL = 16  # output columns that are stored together
+BLOCK_K, MAX_K = 8, 1 << 20  # of a compressed weight: columns stored together, columns at most
+EXCEPTIONS_SHARE = 16  # a panel may have as many exceptions as its k divided by this: one of 256 numbers
+SAMPLE_SIZE = 1 << 20  # numbers that say which high bytes are frequent, at most
 
 
 class _PackArgs(Args):
@@ -29,23 +33,38 @@ class _PackArgs(Args):
     ]
 
 
+class _CompressArgs(Args):
+    _fields_ = [
+        ("packed", ctypes.c_void_p),
+        ("codes", ctypes.c_void_p),
+        ("exceptions", ctypes.c_void_p),
+        ("has_failed", ctypes.c_void_p),
+        ("table", ctypes.c_void_p),
+        ("n", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+        ("max_exceptions", ctypes.c_int64),
+    ]
+
+
 @dataclass(slots=True)
 class PackedWeight:
     """A weight [n, k] in the order that the ops read: panels of 16 rows where native ops exist, else plain.
 
     `data` holds ceil(n / 16) * 16 * k elements (or n * k, plain); rows past n are zero. The rows are `num_parts` parts
-    of equal size, whose panels take turns.
+    of equal size, whose panels take turns. Of a compressed weight it holds codes: see `compress`.
     """
 
     data: Tensor
     n: int
     k: int
     num_parts: int = 1
+    table: Tensor | None = None  # [16] uint8, of a compressed weight: the high bytes that codes stand for
+    exceptions: Tensor | None = None  # [panels, max_exceptions] int32: where a panel has others, and which
 
     @property
     def dtype(self) -> torch.dtype:
-        """bfloat16 or float32; with Triton's kernels float16, too."""
-        return self.data.dtype
+        """Of the numbers: bfloat16 or float32; with Triton's kernels float16, too."""
+        return self.data.dtype if self.table is None else torch.bfloat16
 
     def write_rows(self, begin: int, weight: Tensor) -> None:
         """Place `weight` [rows, k], of any device, at rows [begin, begin + rows) of one part, in this dtype.
@@ -54,6 +73,8 @@ class PackedWeight:
         """
         dtypes = (*COMPUTE_DTYPES, torch.float16)
         check(weight, "weight", (None, self.k), dtypes, contiguous=False, any_device=True)
+        if self.table is not None:
+            raise ValueError("weight: is compressed, nothing can be written to it any more")
         rows, part_size = weight.shape[0], self.n // self.num_parts
         part, row_begin = divmod(begin, part_size)
         if not 0 <= part < self.num_parts or row_begin + rows > part_size:
@@ -73,6 +94,60 @@ class PackedWeight:
             self.dtype == torch.bfloat16,
         )
         launch("octavo_pack_weight", args)
+
+
+def compress(weights: Sequence[PackedWeight]) -> int:
+    """Make 12 bits of each number of the weights, without loss, where that is possible. Returns the bytes saved.
+
+    To be called once, when nothing is written to them any more. A bfloat16's low byte stays as it is; of its high byte,
+    sign and exponent, four bits say which of the weight's 16 most frequent ones it is. Those span 16 binary orders of
+    magnitude, and what trained weights have beside them is listed. Products take numbers from codes as they go, so no
+    bit of a result changes. A weight that has too many others stays as it is, as does one that is not bfloat16 or whose
+    k is not whole blocks; without native ops all do.
+
+    After Zhang et al., arXiv 2504.11651, who give exponents Huffman codes.
+    """
+    todo = [weight for weight in weights if _may_be_compressed(weight)]
+    memory = empty_in_huge_pages(sum(weight.data.nbytes // 4 * 3 for weight in todo))
+    used = saved = 0
+    for weight in todo:
+        codes = memory[used : used + weight.data.nbytes // 4 * 3]
+        if (found := _compressed(weight, codes)) is not None:
+            before = weight.data.nbytes
+            weight.table, weight.exceptions = found
+            weight.data = codes  # what it held goes before the next weight is looked at
+            used += codes.nbytes
+            saved += before - sum(part.nbytes for part in (codes, *found))
+    return saved
+
+
+def _may_be_compressed(weight: PackedWeight) -> bool:
+    fits = weight.n > 0 and 0 < weight.k < MAX_K and weight.k % BLOCK_K == 0
+    return kernels() == "native" and weight.data.dtype == torch.bfloat16 and fits
+
+
+def _compressed(weight: PackedWeight, codes: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Table and exceptions, the codes being written; None where these are too many."""
+    panels = weight.data.view(-1, weight.k // 2, PANEL, 2)
+    # Not the rows past n.
+    numbers = (panels[: weight.n // PANEL] if weight.n >= PANEL else panels[:, :, : weight.n]).flatten()
+    sample = numbers.view(torch.uint8)[1 :: 2 * -(-len(numbers) // SAMPLE_SIZE)]
+    table = torch.bincount(sample, minlength=256).topk(16).indices.to(torch.uint8)
+    num_panels, max_exceptions = -(-weight.n // PANEL), -(-weight.k // EXCEPTIONS_SHARE)
+    exceptions = torch.empty((num_panels, max_exceptions), dtype=torch.int32)
+    has_failed = torch.zeros(1, dtype=torch.int32)
+    args = _CompressArgs(
+        address(weight.data),
+        address(codes),
+        address(exceptions),
+        address(has_failed),
+        address(table),
+        weight.n,
+        weight.k,
+        max_exceptions,
+    )
+    launch("octavo_compress", args)
+    return None if has_failed else (table, exceptions)
 
 
 def packed_bytes(n: int, k: int, dtype: torch.dtype) -> int:
@@ -113,6 +188,23 @@ class MatmulArgs(Args):
         ("out_is_bf16", ctypes.c_int32),
         ("gated", ctypes.c_int64),
     ]
+
+
+class CompressedArgs(Args):
+    """A compressed weight, as native ops take it."""
+
+    _fields_ = [
+        ("codes", ctypes.c_void_p),
+        ("table", ctypes.c_void_p),
+        ("exceptions", ctypes.c_void_p),
+        ("n", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+        ("max_exceptions", ctypes.c_int64),
+    ]
+
+
+class _CompressedMatmulArgs(Args):
+    _fields_ = [("product", MatmulArgs), ("weight", CompressedArgs)]
 
 
 class Weight(Protocol):
@@ -215,7 +307,25 @@ def _launch(x: Tensor, weight: PackedWeight, bias: Tensor | None, residual: Tens
 
         gpu.launch(x, weight.data.view(-1, weight.k), bias, residual, out, gated=weight.num_parts == 2)
         return
-    launch("octavo_matmul", matmul_args(x, weight.data, weight.n, weight.num_parts, bias, residual, out))
+    args = matmul_args(x, weight.data, weight.n, weight.num_parts, bias, residual, out)
+    if (compressed := compressed_args(weight)) is None:
+        launch("octavo_matmul", args)
+    else:
+        launch("octavo_matmul_compressed", _CompressedMatmulArgs(args, compressed))
+
+
+def compressed_args(weight: PackedWeight) -> CompressedArgs | None:
+    """None: it is not compressed."""
+    if weight.table is None or weight.exceptions is None:
+        return None
+    return CompressedArgs(
+        address(weight.data),
+        address(weight.table),
+        address(weight.exceptions),
+        weight.n,
+        weight.k,
+        weight.exceptions.shape[1],
+    )
 
 
 def matmul_args(

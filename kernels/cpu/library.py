@@ -1,7 +1,9 @@
 """Loads the native ops: the best compiled variant that this CPU can run, or none."""
 
+import contextlib
 import ctypes
 import functools
+import mmap
 import os
 import platform
 import threading
@@ -69,9 +71,29 @@ def multiplies_bf16() -> bool:
     return bool({"avx512_bf16", "bf16"} & cpu_flags()) and platform.machine() in ("x86_64", "aarch64")
 
 
+def reads_compressed() -> bool:
+    """Whether weights are to be compressed (`matmul.compress`) because it makes products quicker.
+
+    Measured with AVX-512-BF16. With tiles numbers would be written to memory and read again before each product, and
+    where bfloat16 is emulated it is not memory that products wait for.
+    """
+    return variant() == "avx512_bf16"
+
+
 def address(tensor: torch.Tensor | None) -> int | None:
     """The tensor's data pointer as an argument; None stays a null pointer."""
     return None if tensor is None else tensor.data_ptr()
+
+
+def empty_in_huge_pages(num_bytes: int) -> torch.Tensor:
+    """Memory, uint8, in huge pages where the system gives them: reading all of it misses fewer translations."""
+    if not num_bytes:
+        return torch.empty(0, dtype=torch.uint8)
+    memory = mmap.mmap(-1, num_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 class Args(ctypes.Structure):

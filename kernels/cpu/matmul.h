@@ -10,6 +10,7 @@
 #include "vec.h"
 
 #include <algorithm>
+#include <vector>
 
 namespace octavo {
 namespace {
@@ -78,8 +79,13 @@ struct PackedWeights {
     // Passes over the rows up to which tiles take chunks of k, of about so many columns, and whether they do even in a
     // single pass.
     static constexpr int64_t MAX_PASSES = 11, CHUNK = 512;
-    static constexpr bool ALWAYS_IN_CHUNKS = false, IN_ONE_STREAM = false, TALL = true;
+    static constexpr bool ALWAYS_IN_CHUNKS = false, IN_ONE_STREAM = false;
+    // Whether it is the first pass over the rows that makes a chunk what the other passes read (`first_rows`), not `take`.
+    static constexpr bool MADE_IN_FIRST_PASS = false;
     static constexpr int64_t MAX_ROWS_AT_A_TIME = INT64_MAX;
+    // Rows up to which tiles are tall: as many rows as may be go by at once, and memory brings two panels while two are
+    // multiplied.
+    static constexpr int64_t MAX_TALL = 24;
     // Panels that no two threads share: two, so that they do not write to one cache line of the results, either.
     static constexpr int64_t PANELS_AT_LEAST = 2;
 
@@ -98,6 +104,27 @@ struct PackedWeights {
         return false;
     }
 };
+
+// Memory of this thread for so many numbers; until its next call.
+template <typename T>
+T* scratch(int64_t count) {
+    struct alignas(LINE) Line {
+        char bytes[LINE];
+    };
+    static thread_local std::vector<Line> buffer;
+    const size_t num_lines = (count * sizeof(T) + LINE - 1) / LINE;
+    if (buffer.size() < num_lines) buffer.resize(num_lines);
+    return (T*)buffer.data();
+}
+
+// body(step) for each of some steps, the number being a constant.
+template <int STEPS, int S = 0, typename F>
+inline void each_step(const F& body) {
+    if constexpr (S < STEPS) {
+        body.template operator()<S>();
+        each_step<STEPS, S + 1>(body);
+    }
+}
 
 // Columns [begin, end) of k: their weights, packed, a panel `stride` elements after the other; and what memory is to bring
 // meanwhile: `num_next` streams, `next_stride` bytes apart, `next_step` bytes in each step.
@@ -139,8 +166,7 @@ void tile(const MatmulArgs& a, int64_t row, int64_t panel, float* sums, const Ch
 // Accumulators that fit the registers: 32 of 512 bits, or 16 of 256 (a vector takes two).
 #if defined(__AVX512F__)
 constexpr int MAX_ROWS = 6, MAX_PANELS = 4;
-// Some rows: as many as may be go by at once, and memory brings two panels while two are multiplied.
-constexpr int TALL_ROWS = 12, TALL_MOST = 24;
+constexpr int TALL_ROWS = 12;
 #else
 constexpr int MAX_ROWS = 3, MAX_PANELS = 2;
 #endif
@@ -160,7 +186,8 @@ template <typename O, int NP, int ROWS, typename W>
 void rows_of_panels(const MatmulArgs& a, const W& weights, int64_t panel, int64_t end) {
     using T = typename W::Element;
     const int64_t passes = (a.m + ROWS - 1) / ROWS;
-    const bool few = W::ALWAYS_IN_CHUNKS || (a.m > MAX_ROWS && passes <= W::MAX_PASSES);
+    const bool some = a.m > MAX_ROWS && passes <= W::MAX_PASSES && !(W::MADE_IN_FIRST_PASS && passes == 1);
+    const bool few = W::ALWAYS_IN_CHUNKS || some;
     const int64_t num_chunks = few ? std::max<int64_t>(1, a.k / W::CHUNK) : 1;
     const int64_t size = (a.k / num_chunks + 15) / 16 * 16;
     Chunk<T> chunk{};
@@ -169,7 +196,9 @@ void rows_of_panels(const MatmulArgs& a, const W& weights, int64_t panel, int64_
     alignas(64) float sums[W::MAX_PASSES * ROWS * NP * LANES];
     for (int64_t begin = 0; begin < a.k; begin += size) {
         chunk.begin = begin, chunk.end = std::min(a.k, begin + size);
-        chunk.weight = weights.take(panel, NP, begin, chunk.end), chunk.stride = weights.stride(begin, chunk.end);
+        chunk.stride = weights.stride(begin, chunk.end);
+        if constexpr (!W::MADE_IN_FIRST_PASS) chunk.weight = weights.take(panel, NP, begin, chunk.end);
+        else if (passes > 1) chunk.weight = scratch<T>(NP * chunk.stride);
         const bool is_last = chunk.end == a.k;
         const char* next = weights.address(panel + (is_last ? NP : 0), is_last ? 0 : chunk.end);
         const bool brings = few && (!is_last || panel + NP < end);
@@ -180,7 +209,9 @@ void rows_of_panels(const MatmulArgs& a, const W& weights, int64_t panel, int64_
             const int64_t first = (passes > STREAMS ? pass - 1 : pass) * share;
             chunk.num_next = brings && first >= 0 ? (int)std::clamp<int64_t>(STREAMS - first, 0, share) : 0;
             chunk.next = next + (chunk.num_next ? first * chunk.next_stride : 0);
-            some_rows<T, O, NP, ROWS>(a, row, rows, panel, sums + (few ? row * NP * LANES : 0), chunk);
+            float* sums_of_rows = sums + (few ? row * NP * LANES : 0);
+            if (!W::MADE_IN_FIRST_PASS || pass) some_rows<T, O, NP, ROWS>(a, row, rows, panel, sums_of_rows, chunk);
+            else if constexpr (W::MADE_IN_FIRST_PASS) weights.template first_rows<O, NP, ROWS>(a, rows, panel, sums, chunk);
             row += rows;
         }
     }
@@ -190,7 +221,7 @@ template <typename O, typename W>
 void panels(const MatmulArgs& a, const W& weights, int64_t begin, int64_t end) {
     int64_t p = begin;
 #if defined(__AVX512F__)
-    if (W::TALL && a.m > MAX_ROWS && a.m <= TALL_MOST)
+    if (a.m > MAX_ROWS && a.m <= W::MAX_TALL)
         for (; p + 2 <= end; p += 2) rows_of_panels<O, 2, TALL_ROWS>(a, weights, p, end);
 #endif
     for (; p + MAX_PANELS <= end; p += MAX_PANELS) rows_of_panels<O, MAX_PANELS, MAX_ROWS>(a, weights, p, end);

@@ -9,7 +9,6 @@
 // [panels / 4][groups][4][16].
 #include "matmul.h"
 
-#include <vector>
 namespace octavo {
 namespace {
 
@@ -99,19 +98,6 @@ private:
     }
 };
 
-// body(step) for each step of a block, the number being a constant.
-template <int STEPS, int S = 0, typename F>
-inline void each_step(const F& body) {
-    if constexpr (S < STEPS) {
-        body.template operator()<S>();
-        each_step<STEPS, S + 1>(body);
-    }
-}
-
-struct alignas(64) Line {
-    char bytes[64];
-};
-
 template <typename T, int BITS>
 struct QuantisedWeights {
     using Element = T;
@@ -119,8 +105,8 @@ struct QuantisedWeights {
     static constexpr int64_t COLUMN_BYTES = LANES * BITS / 8;
     static constexpr int64_t MAX_PASSES = 22, MAX_ROWS_AT_A_TIME = MAX_PASSES * MAX_ROWS;
     static constexpr int64_t PANELS_AT_LEAST = TOGETHER;
-    static constexpr int64_t CHUNK = 512;
-    static constexpr bool ALWAYS_IN_CHUNKS = true, IN_ONE_STREAM = true, TALL = false;
+    static constexpr int64_t CHUNK = 512, MAX_TALL = 0;
+    static constexpr bool ALWAYS_IN_CHUNKS = true, IN_ONE_STREAM = true, MADE_IN_FIRST_PASS = false;
     static constexpr int STEPS = Codes::SIZE / STEP<T>;
     static constexpr int64_t AHEAD = 4096;  // bytes that memory is to bring meanwhile
     static constexpr int FEW = MAX_ROWS;
@@ -137,11 +123,9 @@ struct QuantisedWeights {
     int64_t stride(int64_t begin, int64_t end) const { return (end - begin) * LANES; }
 
     const T* take(int64_t panel, int num, int64_t begin, int64_t end) const {
-        static thread_local std::vector<Line> buffer;
-        buffer.resize(std::max<size_t>(buffer.size(), num * (end - begin) * LANES * sizeof(T) / sizeof(Line)));
-        for (int i = 0; i < num; i++)
-            dequantise(panel + i, begin, end, (T*)buffer.data() + i * stride(begin, end));
-        return (const T*)buffer.data();
+        T* out = scratch<T>(num * stride(begin, end));
+        for (int i = 0; i < num; i++) dequantise(panel + i, begin, end, out + i * stride(begin, end));
+        return out;
     }
 
     // Columns [begin, end) of k of a panel, packed.

@@ -34,6 +34,7 @@ from octavo.models.memory import (
     workspace_bytes,
 )
 from octavo.models.quantization.choose import with_quantization
+from octavo.models.resident import compress_weights
 from octavo.models.shard import Shard, shard_model
 from octavo.server.config import GIB, MIB, EngineConfig
 from octavo.server.engine.channel import EngineInfo, EngineStats, RankInfo
@@ -262,6 +263,7 @@ class Rank:
             hidden = True if place.rank else None
             with tqdm(desc="loading", unit=" values", unit_scale=True, disable=hidden, leave=False) as bar:
                 read_bytes = load(self._checkpoint, model, bar)
+            saved_bytes = compress_weights(model)
             runner = Runner(
                 model,
                 num_blocks=num_blocks,
@@ -282,7 +284,7 @@ class Rank:
                 raise
             raise StartupError(f"memory that was planned is not to be had: {str(error).splitlines()[0]}") from None
         self.info = RankInfo(
-            weight_bytes=self.plan.weight_bytes,
+            weight_bytes=self.plan.weight_bytes - saved_bytes,
             workspace_bytes=self.plan.workspace_bytes,
             reserve_bytes=self.plan.reserve_bytes,
             kv_cache_bytes=num_blocks * self.plan.block_bytes,

@@ -11,6 +11,7 @@ import torch
 from rank_threads import engine_of
 
 from octavo.kernels import backend
+from octavo.kernels.cpu.library import reads_compressed
 from octavo.models.config import read_config
 from octavo.models.llama import Llama
 from octavo.models.memory import weight_bytes
@@ -75,6 +76,16 @@ def test_all_of_a_model_is_looked_at(name: str, tiny_checkpoint: Callable[[str],
         weight_bytes(model.config, torch.bfloat16) + model.cos_sin.nbytes
     )
     assert "layers[2].mlp.down.weights[0].data" in tensors
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_of_an_engine_what_is_held_is_known(dtype: str, tiny_checkpoint: Callable[[str], Path]) -> None:
+    """Which may be less than was planned, since weights are compressed where that pays."""
+    engine = Engine(EngineConfig(model=str(tiny_checkpoint("smollm2")), dtype=dtype, device="cpu"))
+    model = engine.runner.model
+    held = sum(tensor.nbytes for tensor in resident_tensors(model).values()) - model.cos_sin.nbytes
+    assert held == engine.info.weight_bytes
+    assert (held < weight_bytes(model.config, model.dtype)) == (dtype == "bfloat16" and reads_compressed())
 
 
 @pytest.mark.parametrize("size", [8, 100, 4096, 4097, 10_000])

@@ -1,0 +1,331 @@
+// Products with bfloat16 weights that take 12 bits each, nothing of which is lost: a number's low byte lies there as it is,
+// and of its high byte (sign and exponent but for the last bit) four bits say which of the weight's 16 most frequent ones
+// it is. The few numbers that have another are exceptions, listed beside.
+//
+// Codes: panels of 16 output columns, in blocks of 8 k: 128 numbers, four vectors as products take them (see matmul.h),
+// in 192 bytes: low bytes of vectors 0 and 1, of 2 and 3, and a byte with a code of the former below one of the latter.
+// Exceptions: a list to each panel, in order, of (block << 15 | place in the block << 8 | high byte).
+#include "matmul.h"
+
+#include <atomic>
+
+namespace octavo {
+namespace {
+
+typedef uint8_t u8x64 __attribute__((vector_size(64)));
+
+constexpr int64_t BLOCK_K = 8, BLOCK_SIZE = BLOCK_K * LANES, BLOCK_BYTES = BLOCK_SIZE * 3 / 2;
+constexpr uint32_t NO_EXCEPTION = 0xffffffff;  // in what is left of a panel's list
+
+struct Compressed {
+    const void* codes;
+    const uint8_t* table;        // [16]
+    const uint32_t* exceptions;  // [panels, max_exceptions]
+    int64_t n, k, max_exceptions;
+};
+
+struct CompressedMatmulArgs {
+    MatmulArgs product;
+    Compressed weight;
+};
+
+// Entries of a table, repeated in each 16 bytes, at the lower four bits of each index.
+inline u8x64 look_up(u8x64 table, u8x64 index) {
+#if defined(__AVX512BW__)
+    return (u8x64)_mm512_shuffle_epi8((__m512i)table, (__m512i)(index & 15));
+#elif defined(__AVX2__)
+    union U {
+        u8x64 v;
+        __m256i h[2];
+    } t{table}, i{index & 15};
+    for (int half = 0; half < 2; half++) i.h[half] = _mm256_shuffle_epi8(t.h[half], i.h[half]);
+    return i.v;
+#else
+    return __builtin_shuffle(table, index & 15);
+#endif
+}
+
+// Numbers of low and high bytes: of the first (HALF 0) or the last eight of each 16.
+template <int HALF>
+inline u32x16 interleave(u8x64 low, u8x64 high) {
+#if defined(__AVX512BW__)
+    return HALF ? (u32x16)_mm512_unpackhi_epi8((__m512i)low, (__m512i)high)
+                : (u32x16)_mm512_unpacklo_epi8((__m512i)low, (__m512i)high);
+#else
+    constexpr int H = 8 * HALF;
+    union {
+        bf16 v[32];
+        u32x16 all;
+    } out;
+    for (int i = 0; i < 32; i++) {
+        const int from = i / 8 * 16 + H + i % 8;
+        out.v[i] = (bf16)(low[from] | high[from] << 8);
+    }
+    return out.all;
+#endif
+}
+
+namespace Block {
+
+// Bytes of its first or last two vectors; the high ones but for exceptions.
+template <int HALF>
+inline u8x64 low(const char* block) {
+    return load_vec<u8x64>(block + 64 * HALF);
+}
+template <int HALF>
+inline u8x64 high(const char* block, u8x64 table) {
+    const u8x64 codes = load_vec<u8x64>(block + 128);
+    return look_up(table, HALF ? codes >> 4 : codes);
+}
+
+// All of it, packed.
+inline void store(const char* block, u8x64 table, bf16* out) {
+    const u8x64 first = high<0>(block, table), second = high<1>(block, table);
+    const u32x16 all[] = {
+        interleave<0>(low<0>(block), first), interleave<1>(low<0>(block), first),
+        interleave<0>(low<1>(block), second), interleave<1>(low<1>(block), second)};
+    std::memcpy(out, all, sizeof all);
+}
+
+}  // namespace Block
+
+// Goes through a panel's exceptions as a product goes through its blocks.
+struct Exceptions {
+    const uint32_t *at, *end;
+
+    int64_t block() const { return at < end ? *at >> 15 : NO_EXCEPTION; }
+    // Puts those of a block in their places, and goes on.
+    void apply(int64_t to_block, bf16* numbers) {
+        for (; block() == to_block; at++) {
+            bf16& number = numbers[*at >> 8 & (BLOCK_SIZE - 1)];
+            number = (bf16)((*at & 0xff) << 8 | (number & 0xff));
+        }
+    }
+};
+
+struct CompressedWeights {
+    using Element = bf16;
+    static constexpr int64_t COLUMN_BYTES = BLOCK_BYTES / BLOCK_K;
+    static constexpr int64_t MAX_PASSES = 11, CHUNK = 512, MAX_TALL = 24, PANELS_AT_LEAST = 2;
+    static constexpr int64_t MAX_ROWS_AT_A_TIME = INT64_MAX;
+    static constexpr bool ALWAYS_IN_CHUNKS = false, IN_ONE_STREAM = false, MADE_IN_FIRST_PASS = true;
+    static constexpr int64_t AHEAD = 16;  // blocks that memory brings meanwhile, where a product has a single pass
+
+    const Compressed& c;
+    u8x64 table;
+
+    explicit CompressedWeights(const Compressed& compressed) : c(compressed) {
+        for (int i = 0; i < 64; i += 16) std::memcpy((char*)&table + i, c.table, 16);
+    }
+
+    const char* address(int64_t panel, int64_t begin) const {
+        return (const char*)c.codes + (panel * c.k + begin) * COLUMN_BYTES;
+    }
+    int64_t stride(int64_t begin, int64_t end) const { return (end - begin) * LANES; }
+
+    Exceptions exceptions(int64_t panel, int64_t first_block) const {
+        const uint32_t *begin = c.exceptions + panel * c.max_exceptions, *end = begin + c.max_exceptions;
+        Exceptions found{begin, end};
+        while (found.block() < first_block) found.at++;  // they are few
+        return found;
+    }
+
+    const bf16* take(int64_t panel, int num, int64_t begin, int64_t end) const {
+        bf16* out = scratch<bf16>(num * stride(begin, end));
+        for (int i = 0; i < num; i++) decompress(panel + i, begin, end, out + i * stride(begin, end));
+        return out;
+    }
+
+    // Columns [begin, end) of k of a panel, packed.
+    void decompress(int64_t panel, int64_t begin, int64_t end, bf16* out) const {
+        const u8x64 table = this->table;
+        const char* codes = address(panel, begin);
+        for (int64_t i = 0; i < (end - begin) / BLOCK_K; i++)
+            Block::store(codes + i * BLOCK_BYTES, table, out + i * BLOCK_SIZE);
+        Exceptions rest = exceptions(panel, begin / BLOCK_K);
+        for (int64_t block; (block = rest.block()) < end / BLOCK_K;)
+            rest.apply(block, out + (block - begin / BLOCK_K) * BLOCK_SIZE);
+    }
+
+    template <typename O>
+    bool multiply(const MatmulArgs& a, int64_t begin, int64_t end) const {
+        return false;
+    }
+
+    // As `some_rows`, of the first rows: numbers go straight into the product, and to chunk.weight if there is one.
+    template <typename O, int NP, int MR>
+    void first_rows(const MatmulArgs& a, int rows, int64_t panel, float* sums, const Chunk<bf16>& chunk) const {
+        if constexpr (MR > 0) {
+            if (rows < MR) first_rows<O, NP, MR - 1>(a, rows, panel, sums, chunk);
+            else if (chunk.weight) first_tile<O, MR, NP, true>(a, panel, sums, chunk);
+            else first_tile<O, MR, NP, false>(a, panel, sums, chunk);
+        }
+    }
+
+private:
+    template <typename O, int MR, int NP, bool KEPT>
+    void first_tile(const MatmulArgs& a, int64_t panel, float* sums, const Chunk<bf16>& chunk) const {
+        const u8x64 table = this->table;
+        const bf16* x = (const bf16*)a.x + chunk.begin;
+        const char* codes = address(panel, chunk.begin);
+        // Without other passes memory brings what comes AHEAD blocks later, at last of the next panels.
+        const int64_t turn = std::max<int64_t>(0, c.k / BLOCK_K - AHEAD);
+        const char* next = KEPT ? chunk.next : codes + std::min(AHEAD, c.k / BLOCK_K) * BLOCK_BYTES;
+        const int64_t panel_bytes = c.k * COLUMN_BYTES;
+        bf16* kept = (bf16*)chunk.weight;
+        f32x16 acc[MR][NP];
+        for (int i = 0; i < MR; i++)
+            for (int j = 0; j < NP; j++) acc[i][j] = chunk.begin ? load(sums + (i * NP + j) * LANES) : splat(0.0f);
+        Exceptions rest[NP];
+        int64_t next_exception = NO_EXCEPTION;  // its block, of all panels
+        for (int j = 0; j < NP; j++) {
+            rest[j] = exceptions(panel + j, chunk.begin / BLOCK_K);
+            next_exception = std::min(next_exception, rest[j].block());
+        }
+        for (int64_t block = chunk.begin / BLOCK_K; block < chunk.end / BLOCK_K; block++) {
+            if (!KEPT && block == turn) next += (NP - 1) * panel_bytes;
+            const int num_next = KEPT ? chunk.num_next : NP;
+#pragma GCC unroll 4
+            for (int i = 0; i < num_next; i++)
+#pragma GCC unroll 3
+                for (int line = 0; line < 3; line++) __builtin_prefetch(next + i * panel_bytes + line * LINE, 0, 2);
+            const auto multiply = [&]<int S>(const auto& numbers) {  // of a panel at step S
+                u32x16 w[NP];
+#pragma GCC unroll 4
+                for (int j = 0; j < NP; j++) {
+                    w[j] = numbers(j);
+                    if constexpr (KEPT) std::memcpy(kept + j * chunk.stride + S * 2 * LANES, &w[j], sizeof w[j]);
+                }
+#pragma GCC unroll 16
+                for (int i = 0; i < MR; i++)
+#pragma GCC unroll 4
+                    for (int j = 0; j < NP; j++) acc[i][j] = step(acc[i][j], x + i * a.x_stride + S * STEP<bf16>, w[j]);
+            };
+            if (block < next_exception) {
+                each_step<2>([&]<int HALF>() {  // two steps, whose high bytes are looked up together
+                    u8x64 high[NP];
+#pragma GCC unroll 4
+                    for (int j = 0; j < NP; j++) high[j] = Block::high<HALF>(codes + j * panel_bytes, table);
+                    each_step<2>([&]<int S>() {
+                        multiply.template operator()<2 * HALF + S>([&](int j) {
+                            return interleave<S>(Block::low<HALF>(codes + j * panel_bytes), high[j]);
+                        });
+                    });
+                });
+            } else {
+                alignas(64) bf16 numbers[NP][BLOCK_SIZE];
+                next_exception = NO_EXCEPTION;
+                for (int j = 0; j < NP; j++) {
+                    Block::store(codes + j * panel_bytes, table, numbers[j]);
+                    rest[j].apply(block, numbers[j]);
+                    next_exception = std::min(next_exception, rest[j].block());
+                }
+                each_step<4>([&]<int S>() {
+                    multiply.template operator()<S>([&](int j) { return load_vec<u32x16>(numbers[j] + S * 2 * LANES); });
+                });
+            }
+            codes += BLOCK_BYTES, next += BLOCK_BYTES, x += BLOCK_K, kept += KEPT ? BLOCK_SIZE : 0;
+        }
+        for (int i = 0; i < MR; i++)
+            if (chunk.end == a.k) finish_row<O, NP>(a, i, panel, (const float*)acc[i], LANES);
+            else
+                for (int j = 0; j < NP; j++) store(sums + (i * NP + j) * LANES, acc[i][j]);
+    }
+};
+
+struct CompressArgs {
+    const void* packed;
+    void* codes;
+    uint32_t* exceptions;
+    int32_t* has_failed;  // set where a panel has more than max_exceptions
+    const uint8_t* table;
+    int64_t n, k, max_exceptions;
+};
+
+// A block's codes; 255 for an exception.
+inline void find_codes(const bf16* numbers, const uint8_t* table, uint8_t* codes) {
+    uint8_t high[BLOCK_SIZE];
+    for (int i = 0; i < BLOCK_SIZE; i++) high[i] = (uint8_t)(numbers[i] >> 8), codes[i] = 255;
+    for (int code = 0; code < 16; code++)
+        for (int i = 0; i < BLOCK_SIZE; i++) codes[i] = high[i] == table[code] ? (uint8_t)code : codes[i];
+}
+
+void compress(const CompressArgs& a) {
+    std::atomic<int32_t> has_failed = 0;
+    const int64_t num_panels = (a.n + LANES - 1) / LANES;
+    parallel_rows(num_panels, a.k * LANES, [&](int64_t begin, int64_t end) {
+        for (int64_t panel = begin; panel < end; panel++) {
+            const bf16* from = (const bf16*)a.packed + panel * a.k * LANES;
+            uint8_t* to = (uint8_t*)a.codes + panel * a.k / BLOCK_K * BLOCK_BYTES;
+            uint32_t *list = a.exceptions + panel * a.max_exceptions, *const list_end = list + a.max_exceptions;
+            for (int64_t block = 0; block < a.k / BLOCK_K; block++, from += BLOCK_SIZE, to += BLOCK_BYTES) {
+                uint8_t codes[BLOCK_SIZE], low[BLOCK_SIZE];
+                find_codes(from, a.table, codes);
+                for (int i = 0; i < BLOCK_SIZE; i++) {
+                    low[i] = (uint8_t)from[i];
+                    if (codes[i] < 16) [[likely]] continue;
+                    if (panel * LANES + i % 32 / 2 < a.n) {  // past n it may become anything
+                        if (list < list_end) *list++ = (uint32_t)(block << 15 | i << 8 | from[i] >> 8);
+                        else has_failed = 1;
+                    }
+                    codes[i] = 0;
+                }
+                for (int i = 0; i < BLOCK_SIZE / 8; i++) {  // eight numbers at a time stay together
+                    const int vector = i / 4, place = i % 4 * 16 + vector % 2 * 8;
+                    uint64_t eight, lower = 0;
+                    std::memcpy(&eight, codes + 8 * i, 8);
+                    if (vector >= 2) std::memcpy(&lower, to + 128 + place, 8), eight <<= 4;
+                    eight |= lower;
+                    std::memcpy(to + 128 + place, &eight, 8);
+                    std::memcpy(to + vector / 2 * 64 + place, low + 8 * i, 8);
+                }
+            }
+            std::fill(list, list_end, NO_EXCEPTION);
+        }
+    });
+    *a.has_failed = has_failed;
+}
+
+// Rows of a compressed weight.
+struct CompressedEmbeddingArgs {
+    int64_t count;
+    void* out;           // [count, k]
+    const int32_t* ids;  // [count]
+    int64_t first_id;    // the weight has the rows of ids [first_id, first_id + n); the others' are zeros
+    Compressed weight;
+};
+
+void rows_of_weight(const CompressedEmbeddingArgs& a) {
+    const CompressedWeights weights(a.weight);
+    const int64_t k = a.weight.k;
+    parallel_rows(a.count, k * LANES, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i++) {
+            bf16* out = (bf16*)a.out + i * k;
+            const int64_t n = a.ids[i] - a.first_id;
+            if (n < 0 || n >= a.weight.n) {
+                std::fill_n(out, k, bf16(0));
+                continue;
+            }
+            const bf16* column = weights.take(n / LANES, 1, 0, k) + n % LANES * STEP<bf16>;
+            for (int64_t col = 0; col < k; col++) out[col] = column[col / 2 * 2 * LANES + col % 2];
+        }
+    });
+}
+
+}  // namespace
+}  // namespace octavo
+
+using namespace octavo;
+
+extern "C" void octavo_matmul_compressed(const void* args) {
+    const CompressedMatmulArgs& a = *(const CompressedMatmulArgs*)args;
+    const CompressedWeights weights(a.weight);
+    if (a.product.out_is_bf16) matmul<bf16>(a.product, weights);
+    else matmul<float>(a.product, weights);
+}
+
+extern "C" void octavo_compress(const void* args) { compress(*(const CompressArgs*)args); }
+
+extern "C" void octavo_embedding_compressed(const void* args) {
+    rows_of_weight(*(const CompressedEmbeddingArgs*)args);
+}
