@@ -171,7 +171,8 @@ constexpr int TALL_ROWS = 12;
 constexpr int MAX_ROWS = 3, MAX_PANELS = 2;
 #endif
 // Passes up to which a weight is taken in chunks of k, and memory brings the next chunk while the cache has this one for
-// all passes but the first. Beyond them memory has so little to do that it would only cost.
+// all passes but the first. Beyond them memory has so little to do that it would only cost, unless the first pass has more
+// to do than to read.
 
 template <typename T, typename O, int NP, int MR>
 void some_rows(const MatmulArgs& a, int64_t row, int rows, int64_t panel, float* sums, const Chunk<T>& chunk) {
@@ -201,7 +202,7 @@ void rows_of_panels(const MatmulArgs& a, const W& weights, int64_t panel, int64_
         else if (passes > 1) chunk.weight = scratch<T>(NP * chunk.stride);
         const bool is_last = chunk.end == a.k;
         const char* next = weights.address(panel + (is_last ? NP : 0), is_last ? 0 : chunk.end);
-        const bool brings = few && (!is_last || panel + NP < end);
+        const bool brings = (few || (W::MADE_IN_FIRST_PASS && passes > 1)) && (!is_last || panel + NP < end);
         const int share = passes > STREAMS ? 1 : (int)((STREAMS + passes - 1) / passes);  // that a pass brings
         int64_t row = 0;
         for (int64_t pass = 0; pass < passes; pass++) {
