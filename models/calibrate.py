@@ -1,11 +1,14 @@
-"""Calibrated quantising of a checkpoint, one layer in memory at a time.
+"""Calibrated quantising of a checkpoint, one layer in memory at a time: as it is, and quantised.
 
-The hidden states of all calibration tokens go from layer to layer. A layer's weights are quantised for the inputs that
-they get from the layers before, which are quantised by then. What is added to the residual stream counts by the size of
-the stream there, since all that reads it divides by that: without this the few tokens whose states are huge decide.
+The hidden states of all calibration tokens go from layer to layer through both models. Modules are quantised in the
+order in which they run: for the inputs that they get from the quantised ones before, and the outputs that the exact
+model has at the same tokens (asymmetric calibration: Li et al., arXiv 2504.02692). What is added to the residual stream
+counts by the size of the exact stream there, since all that reads it divides by that: without this the few tokens whose
+states are huge decide.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,6 +27,7 @@ from octavo.models.shard import Shard, whole
 
 BLOCK_SIZE = 16  # tokens, of the KV cache
 STEP_TOKENS = 4096  # at a time, or one sequence's
+Run = Callable[[Layer, ForwardBatch, Tensor], Tensor]  # half a layer on hidden states
 
 
 def calibrated_rows(
@@ -46,81 +50,98 @@ def calibrated_rows(
         yield from calibration.head(form_of)
 
 
+@dataclass(slots=True)
+class _States:
+    """Sequences of one step, and their hidden states on the way through both models: [tokens, hidden]."""
+
+    batch: ForwardBatch
+    exact: Tensor
+    quantised: Tensor
+
+
 class _Calibration:
     def __init__(self, checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype, token_ids: Tensor) -> None:
         self._checkpoint, self._config, self._dtype = checkpoint, config, dtype
         length = token_ids.shape[1]
         num_sequences = max(1, STEP_TOKENS // length)
-        self._batches = [_batch(some) for some in token_ids.split(num_sequences)]
         self._activations = Activations.empty(config, num_sequences * length, dtype)
         shape = kv_block_shape(config, num_sequences * -(-length // BLOCK_SIZE), BLOCK_SIZE)
         self._kv_cache = torch.zeros(shape, dtype=dtype)
         self._cos_sin = rotary_table(config.rope, config.head_size, length)
         embedding = Embedding(EMBEDDING, whole(config.vocab_size), config.hidden_size, dtype, config.quantization)
         fill(embedding.parameters(), checkpoint)
-        self._hidden = []  # of each batch, before the layer that is next
-        for batch in self._batches:
-            a = self._activations.first(len(batch.token_ids))
+        self._states = []
+        for some in token_ids.split(num_sequences):
+            a = self._activations.first(some.numel())
+            batch = _batch(some)
             embedding(batch.token_ids, a)
-            self._hidden.append(a.hidden.clone())
+            self._states.append(_States(batch, a.hidden.clone(), a.hidden.clone()))
 
     def layer(self, index: int, form_of: Callable[[str], CodeFormat]) -> Iterator[tuple[str, QuantizedRows]]:
-        layer = Layer(index, self._config, self._dtype, Shard())
-        parameters = layer.parameters()
-        fill(parameters, self._checkpoint)
-        attention, mlp = layer.attention, layer.mlp
-        grams: list[Tensor] = [
-            torch.zeros((k, k))
-            for k in (
-                attention.qkv.weight.k,
-                attention.output.weights[0].k,
-                mlp.gate_up.weight.k,
-                mlp.down.weights[0].k,
-            )
-        ]
-        for batch, hidden in zip(self._batches, self._hidden, strict=True):
-            a = self._activations.first(len(hidden))
-            a.hidden.copy_(hidden)
-            grams[0] += _gram(layer.attention_norm(a.hidden, a.normed))
-            layer(a, batch, self._cos_sin, self._kv_cache)
-            size = a.hidden.float().square().mean(dim=1, keepdim=True).sqrt().clamp(min=1e-30)
-            grams[1] += _gram(a.attended / size)
-            grams[2] += _gram(a.normed)
-            grams[3] += _gram(a.gated / size)
-        modules = (attention.qkv.parts, (attention.output.name,), mlp.gate_up.parts, (mlp.down.name,))
-        for gram, names in zip(grams, modules, strict=True):
-            yield from self._quantize(list(names), parameters, gram, form_of)
-        for i, batch in enumerate(self._batches):
-            a = self._activations.first(len(self._hidden[i]))
-            a.hidden.copy_(self._hidden[i])
-            layer(a, batch, self._cos_sin, self._kv_cache)
-            self._hidden[i].copy_(a.hidden)
+        exact, layer = (Layer(index, self._config, self._dtype, Shard()) for _ in range(2))
+        for some in (exact, layer):
+            fill(some.parameters(), self._checkpoint)
+        for run, norm, first, second in (
+            (self._attend, layer.attention_norm, layer.attention.qkv, layer.attention.output),
+            (self._mlp, layer.mlp_norm, layer.mlp.gate_up, layer.mlp.down),
+        ):
+            yield from self._quantize(list(first.parts), first.parameters(), self._normed(norm), form_of)
+            inputs = self._inner(run, exact, layer)
+            yield from self._quantize([second.name], second.parameters(), inputs, form_of)
+            for states in self._states:
+                run(layer, states.batch, states.quantised)
 
     def head(self, form_of: Callable[[str], CodeFormat]) -> Iterator[tuple[str, QuantizedRows]]:
         config = self._config
         norm = Norm("model.norm", config.hidden_size, config.rms_norm_eps)
         fill(norm.parameters(), self._checkpoint)
-        gram = torch.zeros((config.hidden_size, config.hidden_size))
-        for hidden in self._hidden:
-            gram += _gram(norm(hidden, torch.empty_like(hidden)))
         head = Linear(config.hidden_size, {HEAD: whole(config.vocab_size)}, self._dtype, config.quantization)
-        yield from self._quantize([HEAD], head.parameters(), gram, form_of)
+        yield from self._quantize([HEAD], head.parameters(), self._normed(norm), form_of)
+
+    def _attend(self, layer: Layer, batch: ForwardBatch, hidden: Tensor) -> Tensor:
+        """The first half of a layer, which adds to `hidden`. Returns the inputs of its output projection."""
+        a = replace(self._activations.first(len(hidden)), hidden=hidden)
+        layer.attention_norm(a.hidden, a.normed)
+        layer.attention(a, batch, self._cos_sin, self._kv_cache)
+        return a.attended
+
+    def _mlp(self, layer: Layer, batch: ForwardBatch, hidden: Tensor) -> Tensor:
+        """The second half of a layer, which adds to `hidden`. Returns the inputs of its down projection."""
+        a = replace(self._activations.first(len(hidden)), hidden=hidden)
+        layer.mlp_norm(a.hidden, a.normed)
+        layer.mlp(a)
+        return a.gated
+
+    def _normed(self, norm: Norm) -> Iterator[tuple[Tensor, Tensor]]:
+        """What the modules behind a norm get in the exact model and in the quantised one."""
+        for states in self._states:
+            exact, quantised = (norm(x, torch.empty_like(x)) for x in (states.exact, states.quantised))
+            yield exact.float(), quantised.float()
+
+    def _inner(self, run: Run, exact: Layer, layer: Layer) -> Iterator[tuple[Tensor, Tensor]]:
+        """What the second projection of half a layer gets, by size; the exact model's states go on behind that half."""
+        for states in self._states:
+            x = run(exact, states.batch, states.exact)
+            size = states.exact.float().square().mean(dim=1, keepdim=True).sqrt().clamp(min=1e-30)
+            yield x / size, run(layer, states.batch, states.quantised.clone()) / size
 
     def _quantize(
-        self, names: list[str], parameters: Parameters, gram: Tensor, form_of: Callable[[str], CodeFormat]
+        self,
+        names: list[str],
+        parameters: Parameters,
+        inputs: Iterable[tuple[Tensor, Tensor]],
+        form_of: Callable[[str], CodeFormat],
     ) -> Iterator[tuple[str, QuantizedRows]]:
-        """Modules of the same inputs, which the layer then computes with."""
+        """Modules of the same inputs, (exact, quantised) [tokens, k] float32; the layer then computes with them."""
+        gram, drift = torch.zeros(()), torch.zeros(())
+        for exact, quantised in inputs:
+            gram = gram + quantised.T @ quantised
+            drift = drift + (exact - quantised).T @ quantised
         for name in names:
             weight = f"{name}.weight"
-            rows = quantize_for(self._checkpoint.read(weight), form_of(name), gram)
+            rows = quantize_for(self._checkpoint.read(weight), form_of(name), gram, drift)
             parameters[weight].place({weight: rows.dequantize(self._dtype)})
             yield name, rows
-
-
-def _gram(x: Tensor) -> Tensor:
-    """x^T x of [tokens, k], in float32."""
-    x = x.float()
-    return x.T @ x
 
 
 def _batch(token_ids: Tensor) -> ForwardBatch:

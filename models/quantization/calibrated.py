@@ -1,9 +1,11 @@
 """Codes and scales of least error in a layer's outputs, for the inputs that it gets: calibrated quantising.
 
-A row of weights w becomes q with (w - q) G (w - q)^T small, where G = sum of x^T x over the inputs x, [1, k], of many
-tokens. Codes are first chosen as GPTQ does (Frantar et al., arXiv 2210.17323): column by column, those of the largest
-inputs first, what a column is off being made up for by the columns that follow. Then scales are fitted to the codes by
-least squares, and each code is chosen anew given all others (Behdin et al., arXiv 2309.01885), in turns.
+A row of weights w becomes q with the sum of (w x - q y)^2 over many tokens small, where y, [k, 1], are the inputs that
+q will get, and x those that w gets at the same tokens in the exact model (Li et al., arXiv 2504.02692). With
+G = sum of y y^T and D = sum of (x - y) y^T that is (w' - q) G (w' - q)^T and a constant, for w' = w + w D G^-1. Codes
+are first chosen as GPTQ does (Frantar et al., arXiv 2210.17323): column by column, those of the largest inputs first,
+what a column is off being made up for by the columns that follow. Then scales are fitted to the codes by least squares,
+and each code is chosen anew given all others (Behdin et al., arXiv 2309.01885), in turns.
 """
 
 from math import inf
@@ -23,14 +25,15 @@ ROWS = 4096  # at a time, so that a large head needs little memory
 NUMBERS = 1 << 24  # at a time, of what scales are fitted from: a row's inputs times its groups
 
 
-def quantize_for(weight: Tensor, form: CodeFormat, gram: Tensor) -> QuantizedRows:
-    """weight: [n, k], of any float dtype; form: with a table and without shifts; gram: [k, k] float32, the sum G."""
+def quantize_for(weight: Tensor, form: CodeFormat, gram: Tensor, drift: Tensor) -> QuantizedRows:
+    """weight: [n, k], of any float dtype; form: with a table and without shifts; gram, drift: float32, G and D."""
     gram = gram + DAMPING * gram.diagonal().mean().clamp(min=1e-30) * torch.eye(len(gram))
     order = torch.argsort(gram.diagonal(), descending=True, stable=True)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram[order][:, order]))
     factor = torch.linalg.cholesky(inverse, upper=True)
+    move = torch.linalg.solve(gram, drift, left=False)
     with one_thread():  # columns are small
-        parts = [_Fit(part.float(), form, gram, order, factor) for part in weight.split(ROWS)]
+        parts = [_Fit(part + part @ move, form, gram, order, factor) for part in map(Tensor.float, weight.split(ROWS))]
         return QuantizedRows(form, torch.cat([part.codes() for part in parts]), torch.cat([p.scales for p in parts]))
 
 
