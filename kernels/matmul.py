@@ -17,7 +17,7 @@ from octavo.kernels.cpu.library import Args, address, empty_in_huge_pages, launc
 PANEL = 16  # output columns that are stored together
 BLOCK_K, MAX_K = 8, 1 << 20  # of a compressed weight: columns stored together, columns at most
 EXCEPTIONS_SHARE = 16  # a panel may have as many exceptions as its k divided by this: one of 256 numbers
-SAMPLE_SIZE = 1 << 20  # numbers that say which high bytes are frequent, at most
+SAMPLE_SIZE = 1 << 16  # numbers that say which high bytes are frequent, at most
 
 
 class _PackArgs(Args):
