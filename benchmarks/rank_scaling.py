@@ -21,7 +21,7 @@ import torch
 
 from octavo.benchmarks.offline import Machine, ModelCost, make_requests
 from octavo.benchmarks.rank_processes import in_group
-from octavo.benchmarks.step_profile import decoding, kernels, timed
+from octavo.benchmarks.step_profile import bytes_of, decoding, kernels, timed
 from octavo.kernels.ranks import SharedMemoryRanks
 from octavo.models.config import read_config
 from octavo.models.shard import Shard
@@ -43,6 +43,7 @@ class Measured:
     shares: list[float]  # of each rank: of its steps' time, in collectives
     context_len: float  # on average
     weight_bytes: list[int]  # of each rank
+    unread_bytes: int  # of these, about, of an embedding that is not the head as well: a step reads a few rows
     itemsize: int
 
 
@@ -74,6 +75,7 @@ def measure_group(model: str, num_ranks: int, batch_sizes: list[int], num_steps:
                     "shares": [collective_s / step_s for step_s, collective_s in spent],
                     "context_len": INPUT_LEN + num_steps / 2,
                     "weight_bytes": [rank.weight_bytes for rank in engine.info.ranks],
+                    "unread_bytes": num_ranks * bytes_of(engine, "embedding") * (engine.runner.model.head is not None),
                     "itemsize": 2 if engine.info.dtype == "bfloat16" else 4,
                 }
             )
@@ -130,8 +132,7 @@ def modelled(measured: Measured, alone: Measured, model: str, machine: Machine, 
     num_ranks, rows = measured.num_ranks, measured.batch_size
     shards = Shard(0, num_ranks, num_ranks).peers
     kv_heads = sum(len(shard.kv_heads(config)) for shard in shards) / config.num_kv_heads
-    untied = config.has_head * config.vocab_size * config.hidden_size * measured.itemsize
-    num_bytes = sum(measured.weight_bytes) - untied
+    num_bytes = sum(measured.weight_bytes) - measured.unread_bytes
     num_bytes += int(rows * measured.context_len * cost.kv_token_bytes * kv_heads)
     flops = cost.flops(rows, int(rows * measured.context_len), rows)
     num_sums = 2 * config.num_layers + 1

@@ -29,6 +29,7 @@ from octavo.kernels.cpu.library import library
 from octavo.kernels.program import Program
 from octavo.models.config import ConfigError, ModelConfig, read_config
 from octavo.models.memory import kv_block_bytes
+from octavo.models.resident import resident_tensors
 from octavo.server.config import MIB, EngineConfig
 from octavo.server.engine import integrity, runner
 from octavo.server.engine.engine import Engine, choose_dtype
@@ -103,10 +104,11 @@ def timed(functions: Functions, seconds: dict[str, float]) -> Iterator[None]:
 
 def op_names(program: Program) -> list[str]:
     """The kind of each op of a program: its name, and for a matmul its outputs x inputs."""
-    return [
-        op.removeprefix("octavo_") + (f" {args.n}x{args.k}" if op == "octavo_matmul" else "")
-        for op, args in program._recorded
-    ]
+    names = []
+    for op, args in program._recorded:
+        shape = args if op == "octavo_matmul" else args.weight if op == "octavo_matmul_compressed" else None
+        names.append(op.removeprefix("octavo_") + (f" {shape.n}x{shape.k}" if shape else ""))
+    return names
 
 
 def profile_step(engine: Engine) -> dict[str, float]:
@@ -141,15 +143,22 @@ def profile_step(engine: Engine) -> dict[str, float]:
     return {**ops, **others, "rest": rest_s}
 
 
+def bytes_of(engine: Engine, part: str) -> int:
+    """Bytes of the model's `embedding` or `head`, as they lie in the memory of rank 0."""
+    tensors = resident_tensors(engine.runner.model)
+    return sum(tensor.nbytes for name, tensor in tensors.items() if name.startswith(f"{part}."))
+
+
 def streamed_bytes(
-    config: ModelConfig, names: Sequence[str], dtype_bytes: int, contexts: Sequence[int]
+    config: ModelConfig, names: Sequence[str], dtype_bytes: int, contexts: Sequence[int], head_bytes: int
 ) -> Counter[str]:
     """Bytes of weights and KV that a decode step reads, by part, each choice attending to as many tokens."""
-    num_bytes = Counter({"logits": config.vocab_size * config.hidden_size * dtype_bytes})
+    num_bytes = Counter({"logits": head_bytes})
     for name in names:
-        if name.startswith("matmul "):
-            n, k = map(int, name.removeprefix("matmul ").split("x"))
-            num_bytes[name] += n * k * dtype_bytes
+        op, _, shape = name.partition(" ")
+        if shape:
+            n, k = map(int, shape.split("x"))
+            num_bytes[name] += n * k * 3 // 2 if op == "matmul_compressed" else n * k * dtype_bytes
     num_attended = sum(min(window or length, length) for window in config.windows for length in contexts)
     num_bytes["paged_attention"] = num_attended * 2 * config.kv_size * dtype_bytes
     return num_bytes
@@ -171,9 +180,9 @@ def profile(engine: Engine, config: ModelConfig, batch_size: int, context_len: i
     sum_s = sum(seconds.values())
     names = op_names(engine.runner._forward)
     num_calls = Counter(names)
-    num_bytes = streamed_bytes(
-        config, names, DTYPES[engine.info.dtype].itemsize, [context_len + num_steps] * batch_size
-    )
+    head_bytes = bytes_of(engine, "embedding" if engine.runner.model.head is None else "head")
+    contexts = [context_len + num_steps] * batch_size
+    num_bytes = streamed_bytes(config, names, DTYPES[engine.info.dtype].itemsize, contexts, head_bytes)
     rows = [
         {
             "part": name,

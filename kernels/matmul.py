@@ -15,7 +15,7 @@ from octavo.kernels.checks import COMPUTE_DTYPES, check, compute_dtypes, output
 from octavo.kernels.cpu.library import Args, address, empty_in_huge_pages, launch
 
 PANEL = 16  # output columns that are stored together
-BLOCK_K, MAX_K = 8, 1 << 20  # of a compressed weight: columns stored together, columns at most
+BLOCK_K, MAX_K = 8, 1 << 20  # of a compressed weight: columns stored together, and what it has fewer columns than
 EXCEPTIONS_SHARE = 16  # a panel may have as many exceptions as its k divided by this: one of 256 numbers
 SAMPLE_SIZE = 1 << 16  # numbers that say which high bytes are frequent, at most
 
@@ -131,7 +131,8 @@ def _compressed(weight: PackedWeight, codes: Tensor) -> tuple[Tensor, Tensor] | 
     panels = weight.data.view(-1, weight.k // 2, PANEL, 2)
     # Not the rows past n.
     numbers = (panels[: weight.n // PANEL] if weight.n >= PANEL else panels[:, :, : weight.n]).flatten()
-    sample = numbers.view(torch.uint8)[1 :: 2 * -(-len(numbers) // SAMPLE_SIZE)]
+    step = -(-len(numbers) // SAMPLE_SIZE) | 1  # odd, or some rows of the panels would never be looked at
+    sample = numbers.view(torch.uint8)[1 :: 2 * step]
     table = torch.bincount(sample, minlength=256).topk(16).indices.to(torch.uint8)
     num_panels, max_exceptions = -(-weight.n // PANEL), -(-weight.k // EXCEPTIONS_SHARE)
     exceptions = torch.empty((num_panels, max_exceptions), dtype=torch.int32)

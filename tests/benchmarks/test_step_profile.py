@@ -62,8 +62,9 @@ def test_parts_of_a_step(engine: Engine) -> None:
     names = op_names(engine.runner._forward)
     # 3 layers, hidden 144: QKV of 9 + 2 x 3 heads of 32, output, gate and up, down.
     shapes = ("480x144", "144x288", "320x144", "144x160")
-    assert [names.count(f"matmul {shape}") for shape in shapes] == [3] * 4
-    assert names.count("paged_attention") == 3 and names.count("embedding") == 1
+    kind = "" if engine.runner.model.embedding.weight.table is None else "_compressed"
+    assert [names.count(f"matmul{kind} {shape}") for shape in shapes] == [3] * 4
+    assert names.count("paged_attention") == 3 and names.count(f"embedding{kind}") == 1
     with decoding(engine, make_requests(2, 5, 12, engine.info.vocab_size, "parts")):
         parts = profile_step(engine)
     assert parts.keys() - {"checksum"} == set(names) | HOST_PARTS  # there is none in every step
@@ -71,14 +72,15 @@ def test_parts_of_a_step(engine: Engine) -> None:
 
 
 def test_bytes_that_parts_read(tiny_checkpoint: Callable[[str], Path]) -> None:
-    names = ["matmul 10x6", "rms_norm", "matmul 10x6"]
-    full = streamed_bytes(read_config(tiny_checkpoint("smollm2")), names, 2, [100, 10])
+    names = ["matmul 10x6", "rms_norm", "matmul 10x6", "matmul_compressed 10x8"]
+    full = streamed_bytes(read_config(tiny_checkpoint("smollm2")), names, 2, [100, 10], 320 * 144 * 2)
     assert full == {
         "logits": 320 * 144 * 2,
         "matmul 10x6": 2 * 10 * 6 * 2,
+        "matmul_compressed 10x8": 10 * 8 * 12 // 8,
         "paged_attention": 3 * 110 * 2 * 3 * 32 * 2,
     }
-    windowed = streamed_bytes(read_config(tiny_checkpoint("mistral")), names, 2, [100, 10])
+    windowed = streamed_bytes(read_config(tiny_checkpoint("mistral")), names, 2, [100, 10], 0)
     assert windowed["paged_attention"] == 3 * (24 + 10) * 2 * 2 * 32 * 2
 
 

@@ -13,7 +13,7 @@ from octavo.kernels.backend import kernels
 from octavo.kernels.cpu.build import VARIANTS, library_path
 from octavo.kernels.cpu.library import cpu_flags, variant
 from octavo.kernels.embedding import embedding
-from octavo.kernels.matmul import PackedWeight, compress, empty_packed, gated_matmul, matmul
+from octavo.kernels.matmul import SAMPLE_SIZE, PackedWeight, compress, empty_packed, gated_matmul, matmul
 
 pytestmark = pytest.mark.skipif(kernels() != "native", reason="no native kernels")
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 13, 17, 24, 25, 33, 64, 66, 67, 100, 140)  # of every kind of tile
@@ -108,6 +108,15 @@ def test_rows_past_n_cost_no_exceptions(n: int) -> None:
     small, x = compressed(weight), torch.randn(9, 512).bfloat16()
     assert torch.equal(embedding(torch.arange(n, dtype=torch.int32), small), weight)
     assert torch.equal(matmul(x, small), matmul(x, packed(weight)))
+
+
+def test_all_rows_count_for_the_table() -> None:
+    """Also where a weight is so large that one number in a power of two is looked at."""
+    torch.manual_seed(0)
+    n, k = 16, 2 * SAMPLE_SIZE
+    weight = (1.5 * torch.tensor(4.0) ** torch.randint(-14, 0, (n, k))).bfloat16()
+    weight[1::2] = 1e30
+    assert torch.equal(embedding(torch.arange(n, dtype=torch.int32), compressed(weight)), weight)
 
 
 def test_weights_are_compressed_once() -> None:
