@@ -16,7 +16,8 @@ from octavo.kernels.cpu.library import Args, address, empty_in_huge_pages, launc
 
 PANEL = 16  # output columns that are stored together
 BLOCK_K, MAX_K = 8, 1 << 20  # of a compressed weight: columns stored together, and what it has fewer columns than
-EXCEPTIONS_SHARE = 16  # a panel may have as many exceptions as its k divided by this: one of 256 numbers
+# Exceptions: as many as k divided by these, of all panels on average (one of 256 numbers), and of any panel.
+MEAN_EXCEPTIONS, MOST_EXCEPTIONS = 16, 2
 SAMPLE_SIZE = 1 << 16  # numbers that say which high bytes are frequent, at most
 
 
@@ -134,7 +135,7 @@ def _compressed(weight: PackedWeight, codes: Tensor) -> tuple[Tensor, Tensor] | 
     step = -(-len(numbers) // SAMPLE_SIZE) | 1  # odd, or some rows of the panels would never be looked at
     sample = numbers.view(torch.uint8)[1 :: 2 * step]
     table = torch.bincount(sample, minlength=256).topk(16).indices.to(torch.uint8)
-    num_panels, max_exceptions = -(-weight.n // PANEL), -(-weight.k // EXCEPTIONS_SHARE)
+    num_panels, max_exceptions = -(-weight.n // PANEL), -(-weight.k // MOST_EXCEPTIONS)
     exceptions = torch.empty((num_panels, max_exceptions), dtype=torch.int32)
     has_failed = torch.zeros(1, dtype=torch.int32)
     args = _CompressArgs(
@@ -148,7 +149,10 @@ def _compressed(weight: PackedWeight, codes: Tensor) -> tuple[Tensor, Tensor] | 
         max_exceptions,
     )
     launch("octavo_compress", args)
-    return None if has_failed else (table, exceptions)
+    counts = (exceptions != -1).sum(dim=1)
+    if has_failed or counts.sum() * MEAN_EXCEPTIONS > num_panels * weight.k:
+        return None
+    return table, exceptions[:, : int(counts.max())].contiguous()
 
 
 def packed_bytes(n: int, k: int, dtype: torch.dtype) -> int:

@@ -84,20 +84,34 @@ def test_rows_are_what_was_written() -> None:
     assert torch.equal(bits(embedding(ids + 7, small, first_id=7)), bits(want))
 
 
-def test_as_many_exceptions_as_fit_a_panel() -> None:
-    """k / 16 of each 16 rows; with one more the weight stays plain."""
-    weight = torch.ones(48, 128, dtype=torch.bfloat16)
-    frequent = [1.0 * 4**-i for i in range(16)]  # as many high bytes as the table has entries
-    weight[:, :64] = torch.tensor(frequent).repeat(4)
-    for i, (row, column) in enumerate([(16, 0), (16, 1), (17, 0), (31, 127), (20, 8), (20, 7), (20, 16), (31, 126)]):
-        weight[row, column] = 1e30 * (i + 1)
-    few, many = packed(weight), packed(weight)
-    assert compress([few]) == 48 * 128 // 2 - 16 - 4 * 3 * 8
-    rows = torch.arange(48, dtype=torch.int32)
-    assert torch.equal(embedding(rows, few), weight)
-    many.write_rows(22, torch.full((1, 128), 1.0).index_fill(1, torch.tensor([99]), 1e30))
-    assert compress([many]) == 0 and many.table is None
-    assert torch.equal(embedding(rows, many)[22, 98:101].float(), torch.tensor([1.0, 1e30, 1.0]).bfloat16().float())
+@pytest.mark.parametrize(("num_exceptions", "fits"), [(0, True), (1, True), (64, True), (65, False)])
+def test_exceptions_of_one_panel(num_exceptions: int, fits: bool) -> None:
+    """At most k / 2; lists are as long as the longest."""
+    weight = with_exceptions(160, 128, num_exceptions, rows=slice(16, 32))
+    small = packed(weight)
+    assert compress([small]) == (160 * 128 // 2 - 16 - 4 * 10 * num_exceptions if fits else 0)
+    assert (small.table is not None) == fits
+    assert torch.equal(embedding(torch.arange(160, dtype=torch.int32), small), weight)
+    x = torch.randn(9, 128).bfloat16()
+    assert torch.equal(matmul(x, small), matmul(x, packed(weight)))
+
+
+@pytest.mark.parametrize(("num_exceptions", "fits"), [(24, True), (25, False)])
+def test_exceptions_of_all_panels(num_exceptions: int, fits: bool) -> None:
+    """At most k / 16 on average."""
+    weight = with_exceptions(48, 128, num_exceptions, rows=slice(0, 48))
+    small = packed(weight)
+    assert (compress([small]) > 0) == (small.table is not None) == fits
+    assert torch.equal(embedding(torch.arange(48, dtype=torch.int32), small), weight)
+
+
+def with_exceptions(n: int, k: int, num_exceptions: int, rows: slice) -> Tensor:
+    """As many, spread over the rows; the others have as many high bytes as the table has entries."""
+    weight = (torch.tensor(4.0) ** -torch.arange(16)).repeat(n * k // 16).view(n, k).bfloat16()
+    some = weight[rows]
+    at = torch.arange(num_exceptions) * (some.numel() // max(num_exceptions, 1))
+    some.view(-1)[at] = (1e30 * (1 + torch.arange(num_exceptions))).bfloat16()
+    return weight
 
 
 @pytest.mark.parametrize("n", [1, 17, 40])
