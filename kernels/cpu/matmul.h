@@ -168,7 +168,7 @@ void tile(const MatmulArgs& a, int64_t row, int64_t panel, float* sums, const Ch
 constexpr int MAX_ROWS = 6, MAX_PANELS = 4;
 constexpr int TALL_ROWS = 12;
 #else
-constexpr int MAX_ROWS = 3, MAX_PANELS = 2;
+constexpr int MAX_ROWS = 3, MAX_PANELS = 2, TALL_ROWS = 3;
 #endif
 // Passes up to which a weight is taken in chunks of k, and memory brings the next chunk while the cache has this one for
 // all passes but the first. Beyond them memory has so little to do that it would only cost, unless the first pass has more

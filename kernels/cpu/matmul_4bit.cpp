@@ -109,7 +109,7 @@ struct QuantisedWeights {
     static constexpr bool ALWAYS_IN_CHUNKS = true, IN_ONE_STREAM = true, MADE_IN_FIRST_PASS = false;
     static constexpr int STEPS = Codes::SIZE / STEP<T>;
     static constexpr int64_t AHEAD = 4096;  // bytes that memory is to bring meanwhile
-    static constexpr int FEW = MAX_ROWS;
+    static constexpr int FEW = TALL_ROWS;
 
     const Quantised& q;
     f32x16 table;
@@ -149,12 +149,16 @@ private:
         if constexpr (MR > 1) {
             if (a.m < MR) return multiply_panels<O, OFFSETS, MR - 1>(a, begin, end);
         }
-        for (int64_t p = begin; p < end; p += TOGETHER) switch (end - p) {
-                case 1: multiply_rows<O, OFFSETS, MR, 1>(a, p); break;
-                case 2: multiply_rows<O, OFFSETS, MR, 2>(a, p); break;
-                case 3: multiply_rows<O, OFFSETS, MR, 3>(a, p); break;
-                default: multiply_rows<O, OFFSETS, MR, 4>(a, p); break;
+        constexpr int NP = MR > MAX_ROWS ? 2 : TOGETHER;  // whose sums fit the registers
+        for (int64_t p = begin; p < end; p += NP) {
+            const int64_t num = std::min<int64_t>(NP, end - p);
+            if (num == NP) multiply_rows<O, OFFSETS, MR, NP>(a, p);
+            else if (num == 1) multiply_rows<O, OFFSETS, MR, 1>(a, p);
+            else if constexpr (NP > 2) {
+                if (num == 2) multiply_rows<O, OFFSETS, MR, 2>(a, p);
+                else multiply_rows<O, OFFSETS, MR, 3>(a, p);
             }
+        }
     }
 
     template <typename O, bool OFFSETS, int MR, int NP>
@@ -162,6 +166,7 @@ private:
         const f32x16 table = this->table;
         const T* x = (const T*)a.x;
         const char* codes = address(panel, 0);
+        const int64_t next = address(panel, Codes::SIZE) - codes;
         f32x16 acc[MR][NP];
         for (int i = 0; i < MR; i++)
             for (int j = 0; j < NP; j++) acc[i][j] = splat(0.0f);
@@ -176,15 +181,16 @@ private:
                     __builtin_prefetch(codes + j * Codes::BYTES + AHEAD + LINE, 0, 2);
                 }
                 each_step<STEPS>([&]<int S>() {
+                    u32x16 w[NP];
 #pragma GCC unroll 4
-                    for (int j = 0; j < NP; j++) {
-                        const u32x16 w = blocks[j].template weights<S, OFFSETS>(table, groups[j]);
-#pragma GCC unroll 8
-                        for (int i = 0; i < MR; i++)
-                            acc[i][j] = step(acc[i][j], x + i * a.x_stride + S * STEP<T>, w);
-                    }
+                    for (int j = 0; j < NP; j++) w[j] = blocks[j].template weights<S, OFFSETS>(table, groups[j]);
+#pragma GCC unroll 16
+                    for (int i = 0; i < MR; i++)
+#pragma GCC unroll 4
+                        for (int j = 0; j < NP; j++)
+                            acc[i][j] = step(acc[i][j], x + i * a.x_stride + S * STEP<T>, w[j]);
                 });
-                codes += NP * Codes::BYTES, x += Codes::SIZE;
+                codes += next, x += Codes::SIZE;
             }
         }
         for (int i = 0; i < MR; i++) finish_row<O, NP>(a, i, panel, (const float*)acc[i], LANES);
