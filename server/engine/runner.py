@@ -113,7 +113,7 @@ class Runner:
         compares = self._compare_blocks(plan)
         checks = self.replicas.is_due(plan.step)
         self._run(*self._fill_batch(slots, starts, nums, ends, sampled), checks)
-        self._take_checksums(slots, starts, nums, plan.step)
+        self._take_checksums(plan)
         hidden = self._activations.normed
         result = StepResult(plan.epoch, plan.step)
         for index in self._prompt_logprob_indices(plan):
@@ -145,14 +145,18 @@ class Runner:
         blocks = [self._table_rows[c.slot, : begins[c.slot] // self._block_size] for c in plan.new_choices]
         return self.kv_checksums.compare(np.concatenate(blocks).astype(np.int64), plan.step)
 
-    def _take_checksums(self, slots: np.ndarray, starts: np.ndarray, nums: np.ndarray, step: int) -> None:
+    def _take_checksums(self, plan: StepPlan) -> None:
         """Of the blocks that this step has filled."""
         if self.kv_checksums is None:
             return
-        first, last = starts // self._block_size, (starts + nums) // self._block_size
-        full = [self._table_rows[slots[i], first[i] : last[i]] for i in np.flatnonzero(last > first)]
+        size = self._block_size
+        full = [
+            self._table_rows[slot, start // size : (start + num) // size]
+            for slot, start, num in zip(plan.slots, plan.starts, plan.nums, strict=True)
+            if start // size < (start + num) // size
+        ]
         if full:
-            self.kv_checksums.take(np.concatenate(full).astype(np.int64), step)
+            self.kv_checksums.take(np.concatenate(full).astype(np.int64), plan.step)
 
     def _launch(
         self, checks: bool, num_tokens: int, num_sequences: int, max_query_len: int, max_context_len: int
