@@ -1,13 +1,14 @@
 """Compiles the native CPU ops: `python -m octavo.kernels.cpu.build`.
 
 One shared library per instruction set, next to the sources; the best one that the machine can run is chosen when the
-ops are loaded. Plain C functions: nothing of torch is compiled in, so a build takes seconds.
+ops are loaded. Plain C functions: nothing of torch is compiled in, so a build takes a minute or two.
 """
 
 import os
 import platform
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
@@ -40,18 +41,22 @@ def library_path(variant: str) -> Path:
 
 
 def build() -> None:
-    """Compile every variant. Raises FileNotFoundError without a compiler, CalledProcessError where it fails."""
-    compiler = os.environ.get("CXX", "g++")
+    """Compile all variants. Raises FileNotFoundError without a compiler, CalledProcessError where it fails."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(_build_variant, VARIANTS))
+
+
+def _build_variant(variant: str) -> None:
     sources = sorted(str(path) for path in FOLDER.glob("*.cpp"))
-    for variant, (machine_flags, _) in VARIANTS.items():
-        target = library_path(variant)
-        partial = target.with_suffix(f".{os.getpid()}.tmp")  # renamed when whole: a running server keeps the old one
-        print(f"compiling native ops: {variant}", file=sys.stderr)
-        try:
-            subprocess.run([compiler, *FLAGS, *machine_flags, *sources, "-o", str(partial)], check=True)
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+    target = library_path(variant)
+    partial = target.with_suffix(f".{os.getpid()}.tmp")  # renamed when whole: a running server keeps the old one
+    print(f"compiling native ops: {variant}", file=sys.stderr)
+    command = [os.environ.get("CXX", "g++"), *FLAGS, *VARIANTS[variant][0], *sources, "-o", str(partial)]
+    try:
+        subprocess.run(command, check=True)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

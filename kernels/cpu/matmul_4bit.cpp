@@ -109,7 +109,7 @@ struct QuantisedWeights {
     static constexpr bool ALWAYS_IN_CHUNKS = true, IN_ONE_STREAM = true, MADE_IN_FIRST_PASS = false;
     static constexpr int STEPS = Codes::SIZE / STEP<T>;
     static constexpr int64_t AHEAD = 4096;  // bytes that memory is to bring meanwhile
-    static constexpr int FEW = TALL_ROWS;
+    static constexpr int FEW = BITS == 4 && sizeof(T) == 2 ? TALL_ROWS : MAX_ROWS;
 
     const Quantised& q;
     f32x16 table;
