@@ -188,7 +188,7 @@ private:
 #pragma GCC unroll 4
             for (int i = 0; i < num_next; i++)
 #pragma GCC unroll 3
-                for (int line = 0; line < 3; line++) __builtin_prefetch(next + i * panel_bytes + line * LINE, 0, 2);
+                for (int64_t at = 0; at < BLOCK_BYTES; at += LINE) __builtin_prefetch(next + i * panel_bytes + at, 0, 2);
             const auto multiply = [&]<int S>(const auto& numbers) {  // of a panel at step S
                 u32x16 w[NP];
 #pragma GCC unroll 4

@@ -1,19 +1,15 @@
 """Quantised weights against what their codes mean in float64, and in every bit against `matmul` of the numbers."""
 
-import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
+from instruction_sets import OTHERS, run_tests
 from torch import Tensor
 
 from octavo.kernels.backend import kernels
-from octavo.kernels.cpu.build import VARIANTS, library_path
-from octavo.kernels.cpu.library import cpu_flags, set_num_threads, variant
+from octavo.kernels.cpu.library import set_num_threads
 from octavo.kernels.matmul import PackedWeight, empty_packed, gated_matmul, matmul
 from octavo.kernels.matmul_4bit import (
     CodeFormat,
@@ -213,26 +209,7 @@ def test_wrong_arguments_are_named() -> None:
             call()
 
 
-OTHERS = [
-    name
-    for name, (_, needs) in VARIANTS.items()
-    if name not in (variant(), "amx") and needs <= cpu_flags() and library_path(name).exists()
-]
-
-
 @pytest.mark.skipif(kernels() != "native", reason="no native kernels")
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_instruction_sets(name: str) -> None:
-    if "OCTAVO_CPU_VARIANT" in os.environ:
-        pytest.skip("a run of this test")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-k",
-        "product and (floats or bfloat16) or embedding",
-        str(Path(__file__)),
-    ]
-    run = subprocess.run(command, env=os.environ | {"OCTAVO_CPU_VARIANT": name}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout
+    run_tests(name, __file__, "product and (floats or bfloat16) or embedding")

@@ -1,17 +1,11 @@
 """Compressed weights: nothing of them is lost, so products and rows have the bits that those of plain weights have."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from instruction_sets import OTHERS, run_tests
 from torch import Tensor
 
 from octavo.kernels.backend import kernels
-from octavo.kernels.cpu.build import VARIANTS, library_path
-from octavo.kernels.cpu.library import cpu_flags, variant
 from octavo.kernels.embedding import embedding
 from octavo.kernels.matmul import SAMPLE_SIZE, PackedWeight, compress, empty_packed, gated_matmul, matmul
 
@@ -157,17 +151,6 @@ def test_nothing_is_written_to_a_compressed_weight() -> None:
         weight.write_rows(0, torch.zeros(1, 64))
 
 
-OTHERS = [
-    name
-    for name, (_, needs) in VARIANTS.items()
-    if name not in (variant(), "amx") and needs <= cpu_flags() and library_path(name).exists()
-]
-
-
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_instruction_sets(name: str) -> None:
-    if "OCTAVO_CPU_VARIANT" in os.environ:
-        pytest.skip("a run of this test")
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "not instruction_sets", str(Path(__file__))]
-    run = subprocess.run(command, env=os.environ | {"OCTAVO_CPU_VARIANT": name}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout
+    run_tests(name, __file__, "not instruction_sets")
