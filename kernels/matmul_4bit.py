@@ -10,7 +10,7 @@ from torch import Tensor
 from octavo.kernels import reference
 from octavo.kernels.backend import device, kernels
 from octavo.kernels.checks import check, compute_dtypes, output
-from octavo.kernels.cpu.library import Args, address, launch
+from octavo.kernels.cpu.library import Args, address, launch, zeros_in_huge_pages
 from octavo.kernels.matmul import PANEL, MatmulArgs, matmul_args, product_out
 
 SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # in the order of the native ops' ScaleType
@@ -202,10 +202,16 @@ def empty_packed_4bit(n: int, k: int, dtype: torch.dtype, form: CodeFormat, num_
         raise ValueError(f"n: is {n}, expected a multiple of {num_parts} parts of {PANEL}")
     table = None if form.table is None else torch.tensor(form.table, dtype=torch.float32, device=device())
     rows = -(-n // PANEL) * PANEL if kernels() == "native" else n
-    codes = torch.zeros((rows, k * form.bits // 8), dtype=torch.uint8, device=device())
-    scales = torch.zeros((rows, k // form.group_size), dtype=form.scale_dtype, device=device())
-    offsets = torch.zeros_like(scales) if form.shift else None
+    codes = _zeros(rows, k * form.bits // 8, torch.uint8)
+    scales = _zeros(rows, k // form.group_size, form.scale_dtype)
+    offsets = _zeros(rows, k // form.group_size, form.scale_dtype) if form.shift else None
     return Packed4Bit(form, n, k, dtype, table, codes, scales, offsets, num_parts)
+
+
+def _zeros(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    if kernels() != "native":
+        return torch.zeros((rows, columns), dtype=dtype, device=device())
+    return zeros_in_huge_pages(rows * columns * dtype.itemsize).view(dtype).view(rows, columns)
 
 
 def matmul_4bit(

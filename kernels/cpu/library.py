@@ -96,6 +96,23 @@ def empty_in_huge_pages(num_bytes: int) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
+_region = torch.empty(0, dtype=torch.uint8)  # what is left of it
+REGION_BYTES = 64 << 20
+
+
+def zeros_in_huge_pages(num_bytes: int) -> torch.Tensor:
+    """As `empty_in_huge_pages`, for what is smaller than a huge page but one of many: they share regions of memory.
+
+    A region goes back to the system when all that is in it has gone. It begins as zeros.
+    """
+    global _region
+    size = -(-num_bytes // 64) * 64  # whole cache lines
+    if size > len(_region):
+        _region = empty_in_huge_pages(max(size, REGION_BYTES))
+    taken, _region = _region[:num_bytes], _region[size:]
+    return taken
+
+
 class Args(ctypes.Structure):
     """Arguments of an op, laid out as the C++ structure of the op's source file. First comes the number of rows."""
 

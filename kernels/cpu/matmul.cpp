@@ -59,9 +59,8 @@ using namespace octavo;
 
 extern "C" void octavo_matmul(const void* args) {
     const MatmulArgs& a = *(const MatmulArgs*)args;
-    if (!a.is_bf16) matmul<float>(a, PackedWeights<float>{a.weight, a.k});
-    else if (a.out_is_bf16) matmul<bf16>(a, PackedWeights<bf16>{a.weight, a.k});
-    else matmul<float>(a, PackedWeights<bf16>{a.weight, a.k});
+    if (a.is_bf16) matmul(a, PackedWeights<bf16>{a.weight, a.k});
+    else matmul(a, PackedWeights<float>{a.weight, a.k});
 }
 
 extern "C" void octavo_pack_weight(const void* args) {

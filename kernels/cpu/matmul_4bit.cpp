@@ -4,9 +4,9 @@
 // Codes: panels of 16 output columns, in blocks of two vectors of 16 32-bit lanes, each of which holds 32 / BITS codes of
 // one column, lowest bits first. They come out in the order in which products take weights: for bfloat16 the first vector
 // has columns 0 to 7, lane 2 c + p and field j being k = 2 j + p of column c, the second columns 8 to 15; for float32 lane
-// c is column c, and the first vector has the first half of a block's k. Four panels, or as many as are left, take turns
-// block by block, so that a product with them reads one stream; and so do their scales, and their offsets, group by group:
-// [panels / 4][groups][4][16].
+// c is column c, and the first vector has the first half of a block's k. Two panels take turns
+// block by block, unless the last is alone, so that a product reads few streams; and so do their scales, and their
+// offsets, group by group: [panels / 2][groups][2][16].
 #include "matmul.h"
 
 namespace octavo {
@@ -23,12 +23,16 @@ struct Quantised {
     int32_t scale_type, offsets_are_zeros;  // a zero point's offset is -(zero * scale)
 };
 
-constexpr int64_t TOGETHER = 4;  // panels
+constexpr int64_t TOGETHER = 2;  // panels
 
+// How many panels take turns where this one is.
+inline int64_t in_turn(int64_t n, int64_t panel) {
+    return std::min(TOGETHER, (n + LANES - 1) / LANES - panel / TOGETHER * TOGETHER);
+}
 // Where a panel has its block (or group) of so many, counted in blocks.
 inline int64_t place(int64_t n, int64_t panel, int64_t block, int64_t num_blocks) {
-    const int64_t first = panel / TOGETHER * TOGETHER, num = std::min(TOGETHER, (n + LANES - 1) / LANES - first);
-    return first * num_blocks + block * num + panel - first;
+    const int64_t first = panel / TOGETHER * TOGETHER;
+    return first * num_blocks + block * in_turn(n, panel) + panel - first;
 }
 
 struct Matmul4BitArgs {
@@ -36,26 +40,20 @@ struct Matmul4BitArgs {
     Quantised weight;
 };
 
-inline f32x16 load_scales(const Quantised& q, const void* scales, int64_t i) {
-    switch (q.scale_type) {
-        case FLOAT16: return load((const f16*)scales + i);
-        case BFLOAT16: return load((const bf16*)scales + i);
-        default: return load((const float*)scales + i);
-    }
-}
-
 // A group of a panel: scales and offsets for the lanes of a block's two vectors.
-template <typename T>
+template <typename T, bool OFFSETS>
 struct Group {
     f32x16 scale[2], offset[2];
 
-    void load(const Quantised& q, int64_t panel, int64_t group) {
-        const int64_t i = place(q.n, panel, group, q.k / q.group_size) * LANES;
-        const f32x16 scales = load_scales(q, q.scales, i);
+    // From those of the columns; S: their type.
+    template <typename S>
+    [[gnu::always_inline]] void load(const Quantised& q, int64_t i) {
+        const f32x16 scales = octavo::load((const S*)q.scales + i);
         spread(scales, scale);
-        if (!q.offsets) return;
-        const f32x16 offsets = load_scales(q, q.offsets, i);
-        spread(q.offsets_are_zeros ? -(offsets * scales) : offsets, offset);
+        if constexpr (OFFSETS) {
+            const f32x16 offsets = octavo::load((const S*)q.offsets + i);
+            spread(q.offsets_are_zeros ? -(offsets * scales) : offsets, offset);
+        }
     }
 
 private:
@@ -78,19 +76,18 @@ struct Block {
     u32x16 codes[2];
 
     Block() = default;
-    Block(const char* p) : codes{load_vec<u32x16>(p), load_vec<u32x16>(p + sizeof(u32x16))} {}
+    explicit Block(const char* p) : codes{load_vec<u32x16>(p), load_vec<u32x16>(p + sizeof(u32x16))} {}
 
     // The weights that step S of a product takes, as packed weights have them.
     template <int S, bool OFFSETS>
-    u32x16 weights(f32x16 table, const Group<T>& group) const {
-        if constexpr (sizeof(T) == 2)
-            return to_bf16(value<OFFSETS>(table, 0, S, group), value<OFFSETS>(table, 1, S, group));
-        else return (u32x16)value<OFFSETS>(table, S / FIELDS, S % FIELDS, group);
+    [[gnu::always_inline]] u32x16 weights(f32x16 table, const Group<T, OFFSETS>& group) const {
+        if constexpr (sizeof(T) == 2) return to_bf16(value(table, 0, S, group), value(table, 1, S, group));
+        else return (u32x16)value(table, S / FIELDS, S % FIELDS, group);
     }
 
 private:
     template <bool OFFSETS>
-    f32x16 value(f32x16 table, int i, int field, const Group<T>& group) const {
+    [[gnu::always_inline]] f32x16 value(f32x16 table, int i, int field, const Group<T, OFFSETS>& group) const {
         f32x16 code;
         if constexpr (BITS == 4) code = look_up(table, codes[i] >> (BITS * field));
         else code = __builtin_convertvector((i32x16)(codes[i] << (24 - BITS * field)) >> 24, f32x16);
@@ -98,18 +95,14 @@ private:
     }
 };
 
-template <typename T, int BITS>
+template <typename T, int BITS, bool OFFSETS>
 struct QuantisedWeights {
     using Element = T;
     using Codes = Block<T, BITS>;
-    static constexpr int64_t COLUMN_BYTES = LANES * BITS / 8;
-    static constexpr int64_t MAX_PASSES = 22, MAX_ROWS_AT_A_TIME = MAX_PASSES * MAX_ROWS;
-    static constexpr int64_t PANELS_AT_LEAST = TOGETHER;
-    static constexpr int64_t CHUNK = 512, MAX_TALL = 0;
-    static constexpr bool ALWAYS_IN_CHUNKS = true, IN_ONE_STREAM = true, MADE_IN_FIRST_PASS = false;
-    static constexpr int STEPS = Codes::SIZE / STEP<T>;
-    static constexpr int64_t AHEAD = 4096;  // bytes that memory is to bring meanwhile
-    static constexpr int FEW = BITS == 4 && sizeof(T) == 2 ? TALL_ROWS : MAX_ROWS;
+    static constexpr int64_t BLOCK_K = Codes::SIZE, COLUMN_BYTES = LANES * BITS / 8, AHEAD = 8;
+    static constexpr int64_t MIN_TALL = 7, MAX_TALL = BITS == 4 && sizeof(T) == 2 ? 24 : 0;
+    static constexpr bool IS_PACKED = false, STAGED = true;
+    static constexpr int64_t TOGETHER = octavo::TOGETHER;
 
     const Quantised& q;
     f32x16 table;
@@ -118,110 +111,94 @@ struct QuantisedWeights {
         : q(quantised), table(quantised.table ? load(quantised.table) : splat(0.0f)) {}
 
     const char* address(int64_t panel, int64_t begin) const {
-        return (const char*)q.codes + place(q.n, panel, begin / Codes::SIZE, q.k / Codes::SIZE) * Codes::BYTES;
+        return (const char*)q.codes + place(q.n, panel, begin / BLOCK_K, q.k / BLOCK_K) * Codes::BYTES;
     }
-    int64_t stride(int64_t begin, int64_t end) const { return (end - begin) * LANES; }
+    int64_t panel_step(int j) const {
+        return j / TOGETHER * TOGETHER * q.k * COLUMN_BYTES + j % TOGETHER * Codes::BYTES;
+    }
+    int64_t block_step(int64_t panel) const { return in_turn(q.n, panel) * Codes::BYTES; }
 
     const T* take(int64_t panel, int num, int64_t begin, int64_t end) const {
         T* out = scratch<T>(num * stride(begin, end));
         for (int i = 0; i < num; i++) dequantise(panel + i, begin, end, out + i * stride(begin, end));
         return out;
     }
+    int64_t stride(int64_t begin, int64_t end) const { return (end - begin) * LANES; }
 
     // Columns [begin, end) of k of a panel, packed.
     void dequantise(int64_t panel, int64_t begin, int64_t end, T* out) const {
-        if (q.offsets) dequantise<true>(panel, begin, end, out);
-        else dequantise<false>(panel, begin, end, out);
+        Blocks<1> blocks(*this, panel, begin);
+        for (int64_t k = begin; k < end; k += BLOCK_K, out += BLOCK_K * LANES)
+            blocks.next([&]<int S>(const auto& numbers) INLINE {
+                const u32x16 w = numbers(0);
+                std::memcpy(out + S * STEP<T> * LANES, &w, sizeof w);
+            });
     }
 
-    // Few rows: weights go from the codes straight into the product.
-    template <typename O>
-    bool multiply(const MatmulArgs& a, int64_t begin, int64_t end) const {
-        if (a.m > FEW) return false;
-        if (q.offsets) multiply_panels<O, true>(a, begin, end);
-        else multiply_panels<O, false>(a, begin, end);
-        return true;
-    }
+    template <int NP>
+    class Blocks {
+        const QuantisedWeights& weights;
+        const char* codes;
+        int64_t num, scale, left;  // panels in turn; place of the next group's scales; columns of this group
+        Group<T, OFFSETS> groups[NP];
 
-private:
-    template <typename O, bool OFFSETS, int MR = FEW>
-    void multiply_panels(const MatmulArgs& a, int64_t begin, int64_t end) const {
-        if constexpr (MR > 1) {
-            if (a.m < MR) return multiply_panels<O, OFFSETS, MR - 1>(a, begin, end);
+    public:
+        [[gnu::always_inline]] Blocks(const QuantisedWeights& w, int64_t panel, int64_t begin)
+            : weights(w), codes(w.address(panel, begin)), num(in_turn(w.q.n, panel)) {
+            const int64_t size = w.q.group_size;
+            scale = place(w.q.n, panel, begin / size, w.q.k / size) * LANES;
+            left = (size - begin % size) % size;
+            if (left) load_groups();
         }
-        constexpr int NP = MR > MAX_ROWS ? 2 : TOGETHER;  // whose sums fit the registers
-        for (int64_t p = begin; p < end; p += NP) {
-            const int64_t num = std::min<int64_t>(NP, end - p);
-            if (num == NP) multiply_rows<O, OFFSETS, MR, NP>(a, p);
-            else if (num == 1) multiply_rows<O, OFFSETS, MR, 1>(a, p);
-            else if constexpr (NP > 2) {
-                if (num == 2) multiply_rows<O, OFFSETS, MR, 2>(a, p);
-                else multiply_rows<O, OFFSETS, MR, 3>(a, p);
-            }
-        }
-    }
 
-    template <typename O, bool OFFSETS, int MR, int NP>
-    void multiply_rows(const MatmulArgs& a, int64_t panel) const {
-        const f32x16 table = this->table;
-        const T* x = (const T*)a.x;
-        const char* codes = address(panel, 0);
-        const int64_t next = address(panel, Codes::SIZE) - codes;
-        f32x16 acc[MR][NP];
-        for (int i = 0; i < MR; i++)
-            for (int j = 0; j < NP; j++) acc[i][j] = splat(0.0f);
-        for (int64_t group = 0; group < q.k / q.group_size; group++) {
-            Group<T> groups[NP];
-            for (int j = 0; j < NP; j++) groups[j].load(q, panel + j, group);
-            for (int64_t k = 0; k < q.group_size; k += Codes::SIZE) {
-                Codes blocks[NP];
-                for (int j = 0; j < NP; j++) {
-                    blocks[j] = Codes(codes + j * Codes::BYTES);
-                    __builtin_prefetch(codes + j * Codes::BYTES + AHEAD, 0, 2);
-                    __builtin_prefetch(codes + j * Codes::BYTES + AHEAD + LINE, 0, 2);
-                }
-                each_step<STEPS>([&]<int S>() {
-                    u32x16 w[NP];
+        template <typename F>
+        [[gnu::always_inline]] void next(const F& use) {
+            const f32x16 table = weights.table;
+            if (left == 0) load_groups(), left = weights.q.group_size;
+            Codes blocks[NP];
 #pragma GCC unroll 4
-                    for (int j = 0; j < NP; j++) w[j] = blocks[j].template weights<S, OFFSETS>(table, groups[j]);
-#pragma GCC unroll 16
-                    for (int i = 0; i < MR; i++)
-#pragma GCC unroll 4
-                        for (int j = 0; j < NP; j++)
-                            acc[i][j] = step(acc[i][j], x + i * a.x_stride + S * STEP<T>, w[j]);
+            for (int j = 0; j < NP; j++) blocks[j] = Codes(codes + weights.panel_step(j));
+            each_step<BLOCK_K / STEP<T>>([&]<int S>() INLINE {
+                use.template operator()<S>([&](int j) INLINE {
+                    return blocks[j].template weights<S, OFFSETS>(table, groups[j]);
                 });
-                codes += next, x += Codes::SIZE;
-            }
+            });
+            codes += num * Codes::BYTES, left -= BLOCK_K;
         }
-        for (int i = 0; i < MR; i++) finish_row<O, NP>(a, i, panel, (const float*)acc[i], LANES);
-    }
 
-    template <bool OFFSETS>
-    void dequantise(int64_t panel, int64_t begin, int64_t end, T* out) const {
-        const f32x16 table = this->table;
-        const char* codes = address(panel, begin);
-        const int64_t next = address(panel, Codes::SIZE) - address(panel, 0);
-        Group<T> group;
-        for (int64_t k = begin; k < end;) {
-            group.load(q, panel, k / q.group_size);
-            for (const int64_t last = std::min(end, (k / q.group_size + 1) * q.group_size); k < last; k += Codes::SIZE) {
-                const Codes block(codes);
-                each_step<STEPS>([&]<int S>() {
-                    const u32x16 w = block.template weights<S, OFFSETS>(table, group);
-                    std::memcpy(out + S * STEP<T> * LANES, &w, sizeof w);
-                });
-                codes += next, out += Codes::SIZE * LANES;
+    private:
+        [[gnu::always_inline]] void load_groups() {
+            switch (weights.q.scale_type) {
+                case FLOAT16: return load_groups<f16>();
+                case BFLOAT16: return load_groups<bf16>();
+                default: return load_groups<float>();
             }
         }
-    }
+        template <typename S>
+        [[gnu::always_inline]] void load_groups() {
+            const int64_t pair = TOGETHER * (weights.q.k / weights.q.group_size) * LANES;  // scales
+#pragma GCC unroll 4
+            for (int j = 0; j < NP; j++)
+                groups[j].template load<S>(weights.q, scale + j / TOGETHER * pair + j % TOGETHER * LANES);
+            bring<S>(weights.q.scales, pair);
+            if constexpr (OFFSETS) bring<S>(weights.q.offsets, pair);
+            scale += num * LANES;
+        }
+        // The scales of the groups that memory is to bring codes of.
+        template <typename S>
+        [[gnu::always_inline]] void bring(const void* scales, int64_t pair) const {
+            const int64_t ahead = AHEAD * BLOCK_K / weights.q.group_size * num * LANES;
+            const char* next = (const char*)((const S*)scales + scale + ahead);
+#pragma GCC unroll 4
+            for (int j = 0; j < NP; j += TOGETHER) __builtin_prefetch(next + j / TOGETHER * pair * sizeof(S), 0, 2);
+        }
+    };
 };
 
-template <int BITS>
+template <typename T, int BITS>
 void matmul_4bit(const Matmul4BitArgs& args) {
-    const MatmulArgs& a = args.product;
-    if (!a.is_bf16) matmul<float>(a, QuantisedWeights<float, BITS>(args.weight));
-    else if (a.out_is_bf16) matmul<bf16>(a, QuantisedWeights<bf16, BITS>(args.weight));
-    else matmul<float>(a, QuantisedWeights<bf16, BITS>(args.weight));
+    if (args.weight.offsets) matmul(args.product, QuantisedWeights<T, BITS, true>(args.weight));
+    else matmul(args.product, QuantisedWeights<T, BITS, false>(args.weight));
 }
 
 // Rows of codes, a byte each, and of scales and offsets to panels panel_begin, + panel_step, + ...; row_begin: place of
@@ -273,12 +250,12 @@ struct Embedding4BitArgs {
     Quantised weight;
 };
 
-template <typename T, int BITS>
+template <typename T, int BITS, bool OFFSETS>
 void rows_of_weight(const Embedding4BitArgs& a) {
     constexpr int64_t SIZE = 256;  // columns of k at a time
     constexpr int KS = STEP<T>;
     const int64_t k = a.weight.k, part_size = a.weight.n / a.num_parts;
-    const QuantisedWeights<T, BITS> weights(a.weight);
+    const QuantisedWeights<T, BITS, OFFSETS> weights(a.weight);
     parallel_rows((a.count + LANES - 1) / LANES, LANES * k, [&](int64_t begin, int64_t end) {
         alignas(64) T columns[SIZE * LANES];
         for (int64_t k_begin = 0; k_begin < k; k_begin += SIZE) {
@@ -302,6 +279,12 @@ void rows_of_weight(const Embedding4BitArgs& a) {
     });
 }
 
+template <typename T, int BITS>
+void embedding(const Embedding4BitArgs& a) {
+    if (a.weight.offsets) rows_of_weight<T, BITS, true>(a);
+    else rows_of_weight<T, BITS, false>(a);
+}
+
 }  // namespace
 }  // namespace octavo
 
@@ -309,8 +292,8 @@ using namespace octavo;
 
 extern "C" void octavo_matmul_4bit(const void* args) {
     const Matmul4BitArgs& a = *(const Matmul4BitArgs*)args;
-    if (a.weight.table) matmul_4bit<4>(a);
-    else matmul_4bit<8>(a);
+    if (a.weight.table) a.product.is_bf16 ? matmul_4bit<bf16, 4>(a) : matmul_4bit<float, 4>(a);
+    else a.product.is_bf16 ? matmul_4bit<bf16, 8>(a) : matmul_4bit<float, 8>(a);
 }
 
 extern "C" void octavo_pack_4bit(const void* args) {
@@ -321,6 +304,6 @@ extern "C" void octavo_pack_4bit(const void* args) {
 
 extern "C" void octavo_embedding_4bit(const void* args) {
     const Embedding4BitArgs& a = *(const Embedding4BitArgs*)args;
-    if (a.weight.table) a.is_bf16 ? rows_of_weight<bf16, 4>(a) : rows_of_weight<float, 4>(a);
-    else a.is_bf16 ? rows_of_weight<bf16, 8>(a) : rows_of_weight<float, 8>(a);
+    if (a.weight.table) a.is_bf16 ? embedding<bf16, 4>(a) : embedding<float, 4>(a);
+    else a.is_bf16 ? embedding<bf16, 8>(a) : embedding<float, 8>(a);
 }

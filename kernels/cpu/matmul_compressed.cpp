@@ -105,11 +105,10 @@ struct Exceptions {
 
 struct CompressedWeights {
     using Element = bf16;
-    static constexpr int64_t COLUMN_BYTES = BLOCK_BYTES / BLOCK_K;
-    static constexpr int64_t MAX_PASSES = 11, CHUNK = 512, MAX_TALL = 24, PANELS_AT_LEAST = 2;
-    static constexpr int64_t MAX_ROWS_AT_A_TIME = INT64_MAX;
-    static constexpr bool ALWAYS_IN_CHUNKS = false, IN_ONE_STREAM = false, MADE_IN_FIRST_PASS = true;
-    static constexpr int64_t AHEAD = 16;  // blocks that memory brings meanwhile, where a product has a single pass
+    static constexpr int64_t BLOCK_K = octavo::BLOCK_K, COLUMN_BYTES = BLOCK_BYTES / BLOCK_K, AHEAD = 16;
+    static constexpr int64_t MIN_TALL = 6, MAX_TALL = 24;
+    static constexpr bool IS_PACKED = false, STAGED = false;
+    static constexpr int64_t TOGETHER = 1;
 
     const Compressed& c;
     u8x64 table;
@@ -121,7 +120,6 @@ struct CompressedWeights {
     const char* address(int64_t panel, int64_t begin) const {
         return (const char*)c.codes + (panel * c.k + begin) * COLUMN_BYTES;
     }
-    int64_t stride(int64_t begin, int64_t end) const { return (end - begin) * LANES; }
 
     Exceptions exceptions(int64_t panel, int64_t first_block) const {
         const uint32_t *begin = c.exceptions + panel * c.max_exceptions, *end = begin + c.max_exceptions;
@@ -130,84 +128,42 @@ struct CompressedWeights {
         return found;
     }
 
+    int64_t panel_step(int j) const { return j * c.k * COLUMN_BYTES; }
+    int64_t block_step(int64_t) const { return BLOCK_BYTES; }
     const bf16* take(int64_t panel, int num, int64_t begin, int64_t end) const {
         bf16* out = scratch<bf16>(num * stride(begin, end));
         for (int i = 0; i < num; i++) decompress(panel + i, begin, end, out + i * stride(begin, end));
         return out;
     }
+    int64_t stride(int64_t begin, int64_t end) const { return (end - begin) * LANES; }
 
-    // Columns [begin, end) of k of a panel, packed.
-    void decompress(int64_t panel, int64_t begin, int64_t end, bf16* out) const {
-        const u8x64 table = this->table;
-        const char* codes = address(panel, begin);
-        for (int64_t i = 0; i < (end - begin) / BLOCK_K; i++)
-            Block::store(codes + i * BLOCK_BYTES, table, out + i * BLOCK_SIZE);
-        Exceptions rest = exceptions(panel, begin / BLOCK_K);
-        for (int64_t block; (block = rest.block()) < end / BLOCK_K;)
-            rest.apply(block, out + (block - begin / BLOCK_K) * BLOCK_SIZE);
-    }
-
-    template <typename O>
-    bool multiply(const MatmulArgs& a, int64_t begin, int64_t end) const {
-        return false;
-    }
-
-    // As `some_rows`, of the first rows: numbers go straight into the product, and to chunk.weight if there is one.
-    template <typename O, int NP, int MR>
-    void first_rows(const MatmulArgs& a, int rows, int64_t panel, float* sums, const Chunk<bf16>& chunk) const {
-        if constexpr (MR > 0) {
-            if (rows < MR) first_rows<O, NP, MR - 1>(a, rows, panel, sums, chunk);
-            else if (chunk.weight) first_tile<O, MR, NP, true>(a, panel, sums, chunk);
-            else first_tile<O, MR, NP, false>(a, panel, sums, chunk);
-        }
-    }
-
-private:
-    template <typename O, int MR, int NP, bool KEPT>
-    void first_tile(const MatmulArgs& a, int64_t panel, float* sums, const Chunk<bf16>& chunk) const {
-        const u8x64 table = this->table;
-        const bf16* x = (const bf16*)a.x + chunk.begin;
-        const char* codes = address(panel, chunk.begin);
-        // Without other passes memory brings what comes AHEAD blocks later, at last of the next panels.
-        const int64_t turn = std::max<int64_t>(0, c.k / BLOCK_K - AHEAD);
-        const char* next = KEPT ? chunk.next : codes + std::min(AHEAD, c.k / BLOCK_K) * BLOCK_BYTES;
-        const int64_t panel_bytes = c.k * COLUMN_BYTES;
-        bf16* kept = (bf16*)chunk.weight;
-        f32x16 acc[MR][NP];
-        for (int i = 0; i < MR; i++)
-            for (int j = 0; j < NP; j++) acc[i][j] = chunk.begin ? load(sums + (i * NP + j) * LANES) : splat(0.0f);
+    template <int NP>
+    class Blocks {
+        const CompressedWeights& weights;
+        const char* codes;
         Exceptions rest[NP];
-        int64_t next_exception = NO_EXCEPTION;  // its block, of all panels
-        for (int j = 0; j < NP; j++) {
-            rest[j] = exceptions(panel + j, chunk.begin / BLOCK_K);
-            next_exception = std::min(next_exception, rest[j].block());
+        int64_t block, next_exception = NO_EXCEPTION;  // the block of the first one of all panels
+
+    public:
+        Blocks(const CompressedWeights& w, int64_t panel, int64_t begin)
+            : weights(w), codes(w.address(panel, begin)), block(begin / BLOCK_K) {
+            for (int j = 0; j < NP; j++) {
+                rest[j] = w.exceptions(panel + j, block);
+                next_exception = std::min(next_exception, rest[j].block());
+            }
         }
-        for (int64_t block = chunk.begin / BLOCK_K; block < chunk.end / BLOCK_K; block++) {
-            if (!KEPT && block == turn) next += (NP - 1) * panel_bytes;
-            const int num_next = KEPT ? chunk.num_next : NP;
-#pragma GCC unroll 4
-            for (int i = 0; i < num_next; i++)
-#pragma GCC unroll 3
-                for (int64_t at = 0; at < BLOCK_BYTES; at += LINE) __builtin_prefetch(next + i * panel_bytes + at, 0, 2);
-            const auto multiply = [&]<int S>(const auto& numbers) {  // of a panel at step S
-                u32x16 w[NP];
-#pragma GCC unroll 4
-                for (int j = 0; j < NP; j++) {
-                    w[j] = numbers(j);
-                    if constexpr (KEPT) std::memcpy(kept + j * chunk.stride + S * 2 * LANES, &w[j], sizeof w[j]);
-                }
-#pragma GCC unroll 16
-                for (int i = 0; i < MR; i++)
-#pragma GCC unroll 4
-                    for (int j = 0; j < NP; j++) acc[i][j] = step(acc[i][j], x + i * a.x_stride + S * STEP<bf16>, w[j]);
-            };
+
+        template <typename F>
+        [[gnu::always_inline]] void next(const F& use) {
+            const u8x64 table = weights.table;
+            const int64_t panel_bytes = weights.c.k * COLUMN_BYTES;
             if (block < next_exception) {
-                each_step<2>([&]<int HALF>() {  // two steps, whose high bytes are looked up together
+                each_step<2>([&]<int HALF>() INLINE {  // two steps, whose high bytes are looked up together
                     u8x64 high[NP];
 #pragma GCC unroll 4
                     for (int j = 0; j < NP; j++) high[j] = Block::high<HALF>(codes + j * panel_bytes, table);
-                    each_step<2>([&]<int S>() {
-                        multiply.template operator()<2 * HALF + S>([&](int j) {
+                    each_step<2>([&]<int S>() INLINE {
+                        use.template operator()<2 * HALF + S>([&](int j) INLINE {
                             return interleave<S>(Block::low<HALF>(codes + j * panel_bytes), high[j]);
                         });
                     });
@@ -220,16 +176,23 @@ private:
                     rest[j].apply(block, numbers[j]);
                     next_exception = std::min(next_exception, rest[j].block());
                 }
-                each_step<4>([&]<int S>() {
-                    multiply.template operator()<S>([&](int j) { return load_vec<u32x16>(numbers[j] + S * 2 * LANES); });
+                each_step<4>([&]<int S>() INLINE {
+                    use.template operator()<S>([&](int j) INLINE { return load_vec<u32x16>(numbers[j] + S * 2 * LANES); });
                 });
             }
-            codes += BLOCK_BYTES, next += BLOCK_BYTES, x += BLOCK_K, kept += KEPT ? BLOCK_SIZE : 0;
+            codes += BLOCK_BYTES, block++;
         }
-        for (int i = 0; i < MR; i++)
-            if (chunk.end == a.k) finish_row<O, NP>(a, i, panel, (const float*)acc[i], LANES);
-            else
-                for (int j = 0; j < NP; j++) store(sums + (i * NP + j) * LANES, acc[i][j]);
+    };
+
+private:
+    // Columns [begin, end) of k of a panel, packed.
+    void decompress(int64_t panel, int64_t begin, int64_t end, bf16* out) const {
+        Blocks<1> blocks(*this, panel, begin);
+        for (int64_t k = begin; k < end; k += BLOCK_K, out += BLOCK_SIZE)
+            blocks.next([&]<int S>(const auto& numbers) INLINE {
+                const u32x16 w = numbers(0);
+                std::memcpy(out + S * 2 * LANES, &w, sizeof w);
+            });
     }
 };
 
@@ -319,9 +282,7 @@ using namespace octavo;
 
 extern "C" void octavo_matmul_compressed(const void* args) {
     const CompressedMatmulArgs& a = *(const CompressedMatmulArgs*)args;
-    const CompressedWeights weights(a.weight);
-    if (a.product.out_is_bf16) matmul<bf16>(a.product, weights);
-    else matmul<float>(a.product, weights);
+    matmul(a.product, CompressedWeights(a.weight));
 }
 
 extern "C" void octavo_compress(const void* args) { compress(*(const CompressArgs*)args); }
