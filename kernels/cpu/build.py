@@ -13,15 +13,15 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
 
-_AVX512 = {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16"}
+_AVX512 = {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512vbmi", "avx512_bf16"}
 # variant -> (compiler flags, CPU flags it needs), best first
 VARIANTS: dict[str, tuple[list[str], set[str]]] = (
     {
         "amx": (
-            ["-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+            ["-march=x86-64-v4", "-mavx512vbmi", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
             {*_AVX512, "amx_tile", "amx_bf16"},
         ),
-        "avx512_bf16": (["-march=x86-64-v4", "-mavx512bf16"], _AVX512),
+        "avx512_bf16": (["-march=x86-64-v4", "-mavx512vbmi", "-mavx512bf16"], _AVX512),
         "avx2": (["-march=x86-64-v3"], {"avx2", "fma", "bmi2"}),
     }
     if platform.machine() == "x86_64"

@@ -40,8 +40,25 @@ struct Matmul4BitArgs {
     Quantised weight;
 };
 
+// How codes become numbers. SCALED: code * scale. OFFSET: fma(code, scale, offset). SIGNED: code * scale, for bfloat16,
+// where the table is that of signed numbers: the eight magnitudes that a group has in each column are computed once, and
+// looked up. Codes are then a magnitude below a sign; a vector of them is 8 k of a panel, in the order of compressed
+// weights: steps 0 and 1 of a product have the lower four bits, 2 and 3 the upper ones.
+enum class Kind { SCALED, OFFSET, SIGNED };
+
+// Whether a weight for products of type T is of kind SIGNED.
+template <typename T, int BITS>
+inline bool is_signed(const Quantised& q) {
+    if (!HAS_BYTE_TABLES || sizeof(T) != 2 || BITS != 4 || q.offsets || q.table[8] != 0) return false;
+    for (int i = 1; i < 8; i++)
+        if (q.table[8 - i] != -q.table[8 + i]) return false;
+    return q.table[0] < 0;
+}
+// A code of that kind for one of the table. Magnitude 0 below a sign is -8; without, zero.
+inline int signed_code(int code) { return code >= 8 ? code - 8 : code ? 16 - code : 8; }
+
 // A group of a panel: scales and offsets for the lanes of a block's two vectors.
-template <typename T, bool OFFSETS>
+template <typename T, Kind KIND>
 struct Group {
     f32x16 scale[2], offset[2];
 
@@ -50,7 +67,7 @@ struct Group {
     [[gnu::always_inline]] void load(const Quantised& q, int64_t i) {
         const f32x16 scales = octavo::load((const S*)q.scales + i);
         spread(scales, scale);
-        if constexpr (OFFSETS) {
+        if constexpr (KIND == Kind::OFFSET) {
             const f32x16 offsets = octavo::load((const S*)q.offsets + i);
             spread(q.offsets_are_zeros ? -(offsets * scales) : offsets, offset);
         }
@@ -67,6 +84,26 @@ private:
     }
 };
 
+// Bytes of its 128 numbers, [magnitude][column].
+template <>
+struct Group<bf16, Kind::SIGNED> {
+    u8x64 low[2], high[2];
+
+    template <typename S>
+    [[gnu::always_inline]] void load(const Quantised& q, int64_t i) {
+        const f32x16 scales = octavo::load((const S*)q.scales + i);
+        u8x64 numbers[4];  // of two magnitudes each
+#pragma GCC unroll 4
+        for (int m = 0; m < 4; m++)
+            numbers[m] = (u8x64)to_bf16(
+                scales * splat(m ? q.table[8 + 2 * m] : -q.table[0]), scales * splat(q.table[9 + 2 * m]));
+        for (int half = 0; half < 2; half++) {
+            low[half] = every_other<0>(numbers[2 * half], numbers[2 * half + 1]);
+            high[half] = every_other<1>(numbers[2 * half], numbers[2 * half + 1]);
+        }
+    }
+};
+
 // Two vectors of codes.
 template <typename T, int BITS>
 struct Block {
@@ -79,23 +116,35 @@ struct Block {
     explicit Block(const char* p) : codes{load_vec<u32x16>(p), load_vec<u32x16>(p + sizeof(u32x16))} {}
 
     // The weights that step S of a product takes, as packed weights have them.
-    template <int S, bool OFFSETS>
-    [[gnu::always_inline]] u32x16 weights(f32x16 table, const Group<T, OFFSETS>& group) const {
+    template <int S, Kind KIND>
+    [[gnu::always_inline]] u32x16 weights(f32x16 table, const Group<T, KIND>& group) const {
         if constexpr (sizeof(T) == 2) return to_bf16(value(table, 0, S, group), value(table, 1, S, group));
         else return (u32x16)value(table, S / FIELDS, S % FIELDS, group);
     }
 
+    // Bytes of the numbers of kind SIGNED that steps 2 PAIR and 2 PAIR + 1 take.
+    template <int PAIR>
+    [[gnu::always_inline]] void look_up_signed(const Group<T, Kind::SIGNED>& group, u8x64& low, u8x64& high) const {
+        u8x64 column;  // of each byte
+        for (int i = 0; i < 64; i++) column[i] = (uint8_t)(i / 16 * 4 + i % 8 / 2);
+        const u8x64 code = (u8x64)(PAIR % 2 ? codes[PAIR / 2] : codes[PAIR / 2] << 4);  // in the upper bits
+        const u8x64 index = (code & 0x70) | column;
+        low = look_up_unless_zero(group.low, index, code & 0xf0);
+        high = look_up_unless_zero(group.high, index, code & 0xf0) ^ (code & 0x80);
+    }
+
 private:
-    template <bool OFFSETS>
-    [[gnu::always_inline]] f32x16 value(f32x16 table, int i, int field, const Group<T, OFFSETS>& group) const {
+    template <Kind KIND>
+    [[gnu::always_inline]] f32x16 value(f32x16 table, int i, int field, const Group<T, KIND>& group) const {
         f32x16 code;
         if constexpr (BITS == 4) code = look_up(table, codes[i] >> (BITS * field));
         else code = __builtin_convertvector((i32x16)(codes[i] << (24 - BITS * field)) >> 24, f32x16);
-        return OFFSETS ? fma(code, group.scale[i], group.offset[i]) : code * group.scale[i];
+        if constexpr (KIND == Kind::OFFSET) return fma(code, group.scale[i], group.offset[i]);
+        else return code * group.scale[i];
     }
 };
 
-template <typename T, int BITS, bool OFFSETS>
+template <typename T, int BITS, Kind KIND>
 struct QuantisedWeights {
     using Element = T;
     using Codes = Block<T, BITS>;
@@ -140,7 +189,7 @@ struct QuantisedWeights {
         const QuantisedWeights& weights;
         const char* codes;
         int64_t num, scale, left;  // panels in turn; place of the next group's scales; columns of this group
-        Group<T, OFFSETS> groups[NP];
+        Group<T, KIND> groups[NP];
 
     public:
         [[gnu::always_inline]] Blocks(const QuantisedWeights& w, int64_t panel, int64_t begin)
@@ -158,11 +207,24 @@ struct QuantisedWeights {
             Codes blocks[NP];
 #pragma GCC unroll 4
             for (int j = 0; j < NP; j++) blocks[j] = Codes(codes + weights.panel_step(j));
-            each_step<BLOCK_K / STEP<T>>([&]<int S>() INLINE {
-                use.template operator()<S>([&](int j) INLINE {
-                    return blocks[j].template weights<S, OFFSETS>(table, groups[j]);
+            if constexpr (KIND == Kind::SIGNED) {
+                each_step<BLOCK_K / STEP<T> / 2>([&]<int PAIR>() INLINE {
+                    u8x64 low[NP], high[NP];
+#pragma GCC unroll 4
+                    for (int j = 0; j < NP; j++) blocks[j].template look_up_signed<PAIR>(groups[j], low[j], high[j]);
+                    each_step<2>([&]<int S>() INLINE {
+                        use.template operator()<2 * PAIR + S>([&](int j) INLINE {
+                            return interleave<S>(low[j], high[j]);
+                        });
+                    });
                 });
-            });
+            } else {
+                each_step<BLOCK_K / STEP<T>>([&]<int S>() INLINE {
+                    use.template operator()<S>([&](int j) INLINE {
+                        return blocks[j].template weights<S>(table, groups[j]);
+                    });
+                });
+            }
             codes += num * Codes::BYTES, left -= BLOCK_K;
         }
 
@@ -181,7 +243,7 @@ struct QuantisedWeights {
             for (int j = 0; j < NP; j++)
                 groups[j].template load<S>(weights.q, scale + j / TOGETHER * pair + j % TOGETHER * LANES);
             bring<S>(weights.q.scales, pair);
-            if constexpr (OFFSETS) bring<S>(weights.q.offsets, pair);
+            if constexpr (KIND == Kind::OFFSET) bring<S>(weights.q.offsets, pair);
             scale += num * LANES;
         }
         // The scales of the groups that memory is to bring codes of.
@@ -195,10 +257,19 @@ struct QuantisedWeights {
     };
 };
 
+// Calls use(weights), of the kind that a weight is.
+template <typename T, int BITS, typename F>
+void with_weights(const Quantised& q, const F& use) {
+    if constexpr (HAS_BYTE_TABLES && sizeof(T) == 2 && BITS == 4) {
+        if (is_signed<T, BITS>(q)) return use(QuantisedWeights<T, BITS, Kind::SIGNED>(q));
+    }
+    if (q.offsets) use(QuantisedWeights<T, BITS, Kind::OFFSET>(q));
+    else use(QuantisedWeights<T, BITS, Kind::SCALED>(q));
+}
+
 template <typename T, int BITS>
 void matmul_4bit(const Matmul4BitArgs& args) {
-    if (args.weight.offsets) matmul(args.product, QuantisedWeights<T, BITS, true>(args.weight));
-    else matmul(args.product, QuantisedWeights<T, BITS, false>(args.weight));
+    with_weights<T, BITS>(args.weight, [&](const auto& weights) { matmul(args.product, weights); });
 }
 
 // Rows of codes, a byte each, and of scales and offsets to panels panel_begin, + panel_step, + ...; row_begin: place of
@@ -217,12 +288,22 @@ void pack(const Pack4BitArgs& a) {
     using Codes = Block<T, BITS>;
     const Quantised& q = a.weight;
     const int64_t num_blocks = q.k / Codes::SIZE, num_groups = q.k / q.group_size;
+    const bool with_signs = is_signed<T, BITS>(q);
     parallel_rows(a.rows, q.k, [&](int64_t begin, int64_t end) {
         for (int64_t r = begin; r < end; r++) {
             const int64_t n = a.row_begin + r, panel = a.panel_begin + n / LANES * a.panel_step, c = n % LANES;
             for (int64_t b = 0; b < num_blocks; b++) {
                 const uint8_t* codes = a.codes + r * q.k + b * Codes::SIZE;
                 uint32_t* lanes = (uint32_t*)((char*)q.codes + place(q.n, panel, b, num_blocks) * Codes::BYTES);
+                if (with_signs) {
+                    uint8_t* bytes = (uint8_t*)lanes + c / 4 * 16 + c % 4 * 2;
+                    for (int i = 0; i < Codes::SIZE / 2; i++) {  // k below 4, or 8 to 11, and the one 4 after it
+                        const int k = i / 4 * 8 + i % 4;
+                        bytes[i / 4 * 64 + i % 4 / 2 * 8 + i % 2] =
+                            (uint8_t)(signed_code(codes[k]) | signed_code(codes[k + 4]) << 4);
+                    }
+                    continue;
+                }
                 for (int half = 0; half < 2; half++) {
                     uint32_t lane = 0;
                     for (int j = 0; j < Codes::FIELDS; j++)
@@ -250,12 +331,11 @@ struct Embedding4BitArgs {
     Quantised weight;
 };
 
-template <typename T, int BITS, bool OFFSETS>
-void rows_of_weight(const Embedding4BitArgs& a) {
+template <typename T, typename W>
+void rows_of_weight(const Embedding4BitArgs& a, const W& weights) {
     constexpr int64_t SIZE = 256;  // columns of k at a time
     constexpr int KS = STEP<T>;
     const int64_t k = a.weight.k, part_size = a.weight.n / a.num_parts;
-    const QuantisedWeights<T, BITS, OFFSETS> weights(a.weight);
     parallel_rows((a.count + LANES - 1) / LANES, LANES * k, [&](int64_t begin, int64_t end) {
         alignas(64) T columns[SIZE * LANES];
         for (int64_t k_begin = 0; k_begin < k; k_begin += SIZE) {
@@ -281,8 +361,7 @@ void rows_of_weight(const Embedding4BitArgs& a) {
 
 template <typename T, int BITS>
 void embedding(const Embedding4BitArgs& a) {
-    if (a.weight.offsets) rows_of_weight<T, BITS, true>(a);
-    else rows_of_weight<T, BITS, false>(a);
+    with_weights<T, BITS>(a.weight, [&](const auto& weights) { rows_of_weight<T>(a, weights); });
 }
 
 }  // namespace

@@ -12,8 +12,6 @@
 namespace octavo {
 namespace {
 
-typedef uint8_t u8x64 __attribute__((vector_size(64)));
-
 constexpr int64_t BLOCK_K = 8, BLOCK_SIZE = BLOCK_K * LANES, BLOCK_BYTES = BLOCK_SIZE * 3 / 2;
 constexpr uint32_t NO_EXCEPTION = 0xffffffff;  // in what is left of a panel's list
 
@@ -42,26 +40,6 @@ inline u8x64 look_up(u8x64 table, u8x64 index) {
     return i.v;
 #else
     return __builtin_shuffle(table, index & 15);
-#endif
-}
-
-// Numbers of low and high bytes: of the first (HALF 0) or the last eight of each 16.
-template <int HALF>
-inline u32x16 interleave(u8x64 low, u8x64 high) {
-#if defined(__AVX512BW__)
-    return HALF ? (u32x16)_mm512_unpackhi_epi8((__m512i)low, (__m512i)high)
-                : (u32x16)_mm512_unpacklo_epi8((__m512i)low, (__m512i)high);
-#else
-    constexpr int H = 8 * HALF;
-    union {
-        bf16 v[32];
-        u32x16 all;
-    } out;
-    for (int i = 0; i < 32; i++) {
-        const int from = i / 8 * 16 + H + i % 8;
-        out.v[i] = (bf16)(low[from] | high[from] << 8);
-    }
-    return out.all;
 #endif
 }
 

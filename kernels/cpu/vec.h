@@ -20,7 +20,7 @@ typedef float f32x16 __attribute__((vector_size(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
-typedef uint16_t u16x32 __attribute__((vector_size(64)));
+typedef uint8_t u8x64 __attribute__((vector_size(64)));
 
 using bf16 = uint16_t;  // the upper half of a float's bits
 struct f16 {            // IEEE half precision
@@ -213,6 +213,54 @@ inline u32x16 to_bf16(f32x16 a, f32x16 b) {
     store(both, a);
     store(both + LANES, b);
     return load_vec<u32x16>(both);
+#endif
+}
+
+// Numbers of low and high bytes: of the first (HALF 0) or the last eight of each 16.
+template <int HALF>
+inline u32x16 interleave(u8x64 low, u8x64 high) {
+#if defined(__AVX512BW__)
+    return HALF ? (u32x16)_mm512_unpackhi_epi8((__m512i)low, (__m512i)high)
+                : (u32x16)_mm512_unpacklo_epi8((__m512i)low, (__m512i)high);
+#else
+    constexpr int H = 8 * HALF;
+    union {
+        bf16 v[32];
+        u32x16 all;
+    } out;
+    for (int i = 0; i < 32; i++) {
+        const int from = i / 8 * 16 + H + i % 8;
+        out.v[i] = (bf16)(low[from] | high[from] << 8);
+    }
+    return out.all;
+#endif
+}
+
+#if defined(__AVX512VBMI__)
+constexpr bool HAS_BYTE_TABLES = true;  // of 128 entries
+#else
+constexpr bool HAS_BYTE_TABLES = false;
+#endif
+
+// Bytes FIRST, FIRST + 2, ... of `a` and then of `b`.
+template <int FIRST>
+inline u8x64 every_other(u8x64 a, u8x64 b) {
+    u8x64 from;
+    for (int i = 0; i < 64; i++) from[i] = (uint8_t)(2 * i + FIRST);
+#if defined(__AVX512VBMI__)
+    return (u8x64)_mm512_permutex2var_epi8((__m512i)a, (__m512i)from, (__m512i)b);
+#else
+    return __builtin_shuffle(a, b, from);
+#endif
+}
+
+// Entries of a table of 128 bytes; 0 where `mask` is.
+inline u8x64 look_up_unless_zero(const u8x64* table, u8x64 index, u8x64 mask) {
+#if defined(__AVX512VBMI__)
+    const __mmask64 kept = _mm512_test_epi8_mask((__m512i)mask, (__m512i)mask);
+    return (u8x64)_mm512_maskz_permutex2var_epi8(kept, (__m512i)table[0], (__m512i)index, (__m512i)table[1]);
+#else
+    return __builtin_shuffle(table[0], table[1], index) & (u8x64)(mask != 0);
 #endif
 }
 

@@ -25,11 +25,15 @@ from octavo.kernels.program import Program
 DTYPES = [torch.float32, torch.bfloat16]
 TABLE = tuple(torch.linspace(-1, 1, 16).pow(3).tolist())  # nothing that bfloat16 holds
 UNSIGNED, SIGNED = tuple(map(float, range(16))), tuple(map(float, range(-8, 8)))
+SYMMETRIC = (-1.5, *(-(i**0.3) for i in range(7, 0, -1)), 0.0, *(i**0.3 for i in range(1, 8)))
 FORMATS = {
     "table of floats": CodeFormat(TABLE, 64),
     "zero points": CodeFormat(UNSIGNED, 128, torch.float16, "zero"),
     "offsets": CodeFormat(UNSIGNED, 32, torch.float16, "offset"),
     "symmetric": CodeFormat(SIGNED, 16, torch.bfloat16),
+    "symmetric, float16": CodeFormat(SIGNED, 128, torch.float16),
+    "symmetric, not linear": CodeFormat(SYMMETRIC, 32),
+    "nearly symmetric": CodeFormat((-8.0, -7.5, *SIGNED[2:]), 64, torch.bfloat16),
     "table, offsets": CodeFormat(TABLE, 32, torch.float32, "offset"),
     "zero points, bfloat16": CodeFormat(UNSIGNED, 64, torch.bfloat16, "zero"),
     "8 bits": CodeFormat(None, 32, torch.float16),
@@ -45,7 +49,8 @@ class Quantised:
     def __init__(self, form: CodeFormat, n: int, k: int, dtype: torch.dtype, num_parts: int = 1) -> None:
         torch.manual_seed(n * k + form.group_size)
         codes = torch.randint(0, 2**form.bits, (n, k), dtype=torch.uint8)
-        scales = torch.rand(n, k // form.group_size).to(form.scale_dtype)
+        scales = (torch.rand(n, k // form.group_size) * 1.5 - 0.5).to(form.scale_dtype)
+        scales[torch.rand_like(scales, dtype=torch.float32) < 0.05] = 0
         shifts = torch.randn_like(scales) if form.shift == "offset" else torch.randint(0, 17, scales.shape)
         offsets = shifts.to(form.scale_dtype) if form.shift else None
         self.packed = empty_packed_4bit(n, k, dtype, form, num_parts)
