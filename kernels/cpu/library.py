@@ -67,8 +67,13 @@ def set_num_threads(count: int) -> None:
 
 @functools.cache
 def multiplies_bf16() -> bool:
-    """Whether this CPU has bfloat16 dot products (AVX-512-BF16, or the 64-bit Arm extension)."""
-    return bool({"avx512_bf16", "bf16"} & cpu_flags()) and platform.machine() in ("x86_64", "aarch64")
+    """Whether this CPU has bfloat16 dot products that the native ops use.
+
+    They are those of AVX-512 where it has BF16 and VBMI, and of the 64-bit Arm extension.
+    """
+    if platform.machine() == "x86_64":
+        return {"avx512_bf16", "avx512vbmi"} <= cpu_flags()
+    return platform.machine() == "aarch64" and "bf16" in cpu_flags()
 
 
 def reads_compressed() -> bool:
@@ -101,9 +106,10 @@ REGION_BYTES = 64 << 20
 
 
 def zeros_in_huge_pages(num_bytes: int) -> torch.Tensor:
-    """As `empty_in_huge_pages`, for what is smaller than a huge page but one of many: they share regions of memory.
+    """As `empty_in_huge_pages`, but zeros, for what is small but one of many: they share regions of memory.
 
-    A region goes back to the system when all that is in it has gone. It begins as zeros.
+    A region goes back to the system when all that is in it has gone and another has been begun. Not for use by two
+    threads at once.
     """
     global _region
     size = -(-num_bytes // 64) * 64  # whole cache lines

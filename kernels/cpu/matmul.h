@@ -88,8 +88,8 @@ void finish_rows(
 // members, whose `take` unpacks, and, for tiles that unpack as they multiply:
 // - BLOCK_K: columns of k that are unpacked at once; AHEAD: blocks that memory brings meanwhile; bytes from a panel's
 //   block to its next (`block_step`), and to that of the j-th panel after (`panel_step`);
-// - STAGED: whether unpacking takes so long that tall tiles unpack a block while they multiply the one before, and that
-//   others do not unpack where there are several passes;
+// - STAGED: whether unpacking takes so long that tiles of two panels, for which there are registers, unpack a block while
+//   they multiply the one before, and that other tiles than tall ones do not unpack where there are several passes;
 // - Blocks<NP>(weights, panel, begin): those of some panels from column `begin` of k on. next(use) unpacks one: use<S>(
 //   numbers) for each of its steps, numbers(j) being the weights that the step takes of panel j.
 template <typename T>
@@ -339,9 +339,14 @@ void rows_of_panels(const MatmulArgs& a, const W& weights, int64_t panel, int64_
             float* sums_of_rows = sums + (few ? row * NP * LANES : 0);
             if (!unpacks || pass) some_rows<T, NP, ROWS>(a, row, rows, panel, sums_of_rows, chunk);
             else if constexpr (!W::IS_PACKED) {
-                constexpr int LEAST = IS_TALL ? W::MIN_TALL : 1, HALF = (ROWS + 1) / 2;  // rows of one pass, and of two
-                if (passes == 1) unpacking_rows<LEAST, ROWS, NP, false>(a, weights, rows, panel, sums, chunk, kept);
-                else unpacking_rows<HALF, ROWS, NP, true>(a, weights, rows, panel, sums, chunk, kept);
+                // The least rows of a single pass, and of the first of several.
+                constexpr int LEAST = IS_TALL ? W::MIN_TALL : 1, HALF = (ROWS + 1) / 2;
+                if constexpr (!W::STAGED || NP > 1) {
+                    if (passes == 1) unpacking_rows<LEAST, ROWS, NP, false>(a, weights, rows, panel, sums, chunk, kept);
+                }
+                if constexpr (!W::STAGED || IS_TALL) {
+                    if (passes > 1) unpacking_rows<HALF, ROWS, NP, true>(a, weights, rows, panel, sums, chunk, kept);
+                }
             }
             row += rows;
         }
@@ -416,16 +421,16 @@ void one_tile_row(const MatmulArgs& a, const W& weights, int64_t row, int rows, 
     finish_rows(a, row, rows, panel, NP, sums[0], LANES, TILE_ROWS * LANES);
 }
 
-// 17 to 32 rows by NP panels. Memory brings the results' lines, and `lines` at `next` in each step, the weights to come.
+// 32 rows by NP panels. Memory brings the results' lines, and `lines` at `next` in each step, the weights to come.
 template <int NP>
 void two_tile_rows(
-    const MatmulArgs& a, int64_t row, int rows, int64_t panel, const bf16* w, const char* next, int64_t lines
+    const MatmulArgs& a, int64_t row, int64_t panel, const bf16* w, const char* next, int64_t lines
 ) {
     const bf16* x = (const bf16*)a.x + row * a.x_stride;
     const int64_t panel_size = a.k * LANES;
     const int64_t size = a.out_is_bf16 ? 2 : 4, row_bytes = (a.gated ? a.n / 2 : a.n) * size;
     const char* out = (const char*)a.out + row * row_bytes + (a.gated ? panel / 2 : panel) * LANES * size;
-    for (int i = 0; i < rows; i++) _mm_prefetch(out + i * row_bytes, _MM_HINT_T1);
+    for (int i = 0; i < 2 * TILE_ROWS; i++) _mm_prefetch(out + i * row_bytes, _MM_HINT_T1);
     zero_sums();
     for (int64_t k = 0; k < a.k; k += TILE_K) {
         for (int64_t i = 0; i < lines; i++) _mm_prefetch(next + i * LINE, _MM_HINT_T1);
@@ -443,8 +448,8 @@ void two_tile_rows(
     }
     alignas(64) float sums[4][TILE_ROWS * LANES];
     store_sums(sums[0], TILE_ROWS * LANES, LANES);
-    for (int i = 0; i < rows; i += TILE_ROWS)
-        finish_rows(a, row + i, TILE_ROWS, panel, NP, sums[i / TILE_ROWS * 2], LANES, TILE_ROWS * LANES);
+    for (int i = 0; i < 2; i++)
+        finish_rows(a, row + i * TILE_ROWS, TILE_ROWS, panel, NP, sums[2 * i], LANES, TILE_ROWS * LANES);
 }
 
 template <typename W>
@@ -473,8 +478,8 @@ void many_rows_of_panels(const MatmulArgs& a, const W& weights, int64_t end_row,
         const bf16* w = weights.take(p, (int)std::min<int64_t>(2, end - p), 0, a.k);
         const char* next = weights.address(p + 2, 0);
         for (int64_t r = 0; r < end_row; r += 2 * TILE_ROWS, next += lines * (a.k / TILE_K) * LINE) {
-            if (end - p >= 2) two_tile_rows<2>(a, r, 2 * TILE_ROWS, p, w, next, lines);
-            else two_tile_rows<1>(a, r, 2 * TILE_ROWS, p, w, next, lines);
+            if (end - p >= 2) two_tile_rows<2>(a, r, p, w, next, lines);
+            else two_tile_rows<1>(a, r, p, w, next, lines);
         }
     }
 }

@@ -1,7 +1,7 @@
 // Products with quantised weights: of the numbers that codes, scales and offsets stand for, rounded to the compute type,
 // in the order of matmul.h, so that they are in every bit those of the dequantised weight.
 //
-// Codes: panels of 16 output columns, in blocks of two vectors of 16 32-bit lanes, each of which holds 32 / BITS codes of
+// Codes (those of Kind::SIGNED lie otherwise): panels of 16 output columns, in blocks of two vectors of 16 32-bit lanes, each of which holds 32 / BITS codes of
 // one column, lowest bits first. They come out in the order in which products take weights: for bfloat16 the first vector
 // has columns 0 to 7, lane 2 c + p and field j being k = 2 j + p of column c, the second columns 8 to 15; for float32 lane
 // c is column c, and the first vector has the first half of a block's k. Two panels take turns
@@ -43,7 +43,8 @@ struct Matmul4BitArgs {
 // How codes become numbers. SCALED: code * scale. OFFSET: fma(code, scale, offset). SIGNED: code * scale, for bfloat16,
 // where the table is that of signed numbers: the eight magnitudes that a group has in each column are computed once, and
 // looked up. Codes are then a magnitude below a sign; a vector of them is 8 k of a panel, in the order of compressed
-// weights: steps 0 and 1 of a product have the lower four bits, 2 and 3 the upper ones.
+// weights: steps 0 and 1 of a product have the lower four bits, 2 and 3 the upper ones. Zero has no sign then, nor does
+// an infinite scale make it NaN.
 enum class Kind { SCALED, OFFSET, SIGNED };
 
 // Whether a weight for products of type T is of kind SIGNED.

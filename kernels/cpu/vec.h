@@ -238,31 +238,27 @@ inline u32x16 interleave(u8x64 low, u8x64 high) {
 
 #if defined(__AVX512VBMI__)
 constexpr bool HAS_BYTE_TABLES = true;  // of 128 entries
-#else
-constexpr bool HAS_BYTE_TABLES = false;
-#endif
 
 // Bytes FIRST, FIRST + 2, ... of `a` and then of `b`.
 template <int FIRST>
 inline u8x64 every_other(u8x64 a, u8x64 b) {
     u8x64 from;
     for (int i = 0; i < 64; i++) from[i] = (uint8_t)(2 * i + FIRST);
-#if defined(__AVX512VBMI__)
     return (u8x64)_mm512_permutex2var_epi8((__m512i)a, (__m512i)from, (__m512i)b);
-#else
-    return __builtin_shuffle(a, b, from);
-#endif
 }
 
 // Entries of a table of 128 bytes; 0 where `mask` is.
 inline u8x64 look_up_unless_zero(const u8x64* table, u8x64 index, u8x64 mask) {
-#if defined(__AVX512VBMI__)
     const __mmask64 kept = _mm512_test_epi8_mask((__m512i)mask, (__m512i)mask);
     return (u8x64)_mm512_maskz_permutex2var_epi8(kept, (__m512i)table[0], (__m512i)index, (__m512i)table[1]);
-#else
-    return __builtin_shuffle(table[0], table[1], index) & (u8x64)(mask != 0);
-#endif
 }
+#else
+constexpr bool HAS_BYTE_TABLES = false;
+
+template <int FIRST>
+u8x64 every_other(u8x64 a, u8x64 b);
+u8x64 look_up_unless_zero(const u8x64* table, u8x64 index, u8x64 mask);
+#endif
 
 #if defined(__AMX_BF16__)
 // Tile registers (Intel AMX): up to 16 rows of 64 bytes. A product instruction adds [rows, 32] by [32, 16] bfloat16 to

@@ -88,7 +88,7 @@ def test_product(name: str, n: int, k: int, dtype: torch.dtype) -> None:
     torch.testing.assert_close(
         matmul_4bit(x, weight.packed, out_dtype=torch.float32).double(), exact, atol=1e-5 * k, rtol=1e-5
     )
-    for m in (1, 2, 3, 4, 5, 6, 7, 8, 13, 16, 25, 33, 64, 140):
+    for m in (1, 2, 3, 4, 5, 6, 7, 8, 12, 13, 16, 24, 25, 33, 64, 140):
         assert torch.equal(matmul_4bit(x[:m], weight.packed), matmul(x[:m], plain)), m
         out = matmul_4bit(x[:m], weight.packed, bias, residual[:m])
         assert torch.equal(out, matmul(x[:m], plain, bias, residual[:m])), m
@@ -98,14 +98,14 @@ def test_product(name: str, n: int, k: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n", "k"), [(32, 128), (96, 640), (320, 128)])
-@pytest.mark.parametrize("name", ["table of floats", "zero points", "8 bits"])
+@pytest.mark.parametrize("name", ["table of floats", "zero points", "symmetric", "8 bits"])
 def test_gated_product(name: str, n: int, k: int, dtype: torch.dtype) -> None:
     weight = Quantised(FORMATS[name], n, k, dtype, num_parts=2)
     numbers = dequantize_4bit(weight.packed)
     assert torch.equal(numbers, weight.numbers.float().to(dtype))
     plain = packed(numbers, num_parts=2)
     x, bias = torch.randn(70, k).to(dtype), torch.randn(n)
-    for m in (1, 2, 5, 7, 16, 33, 70):
+    for m in (1, 2, 5, 7, 12, 16, 33, 70):
         assert torch.equal(gated_matmul_4bit(x[:m], weight.packed), gated_matmul(x[:m], plain)), m
         assert torch.equal(gated_matmul_4bit(x[:m], weight.packed, bias), gated_matmul(x[:m], plain, bias)), m
 
@@ -130,7 +130,7 @@ def test_bits_do_not_depend_on_threads(threads: int, restore_threads: None) -> N
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["offsets", "8 bits"])
+@pytest.mark.parametrize("name", ["offsets", "symmetric", "8 bits"])
 def test_embedding(name: str, dtype: torch.dtype) -> None:
     weight = Quantised(FORMATS[name], 45, 640, dtype)
     numbers = weight.numbers.float().to(dtype)
