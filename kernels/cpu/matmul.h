@@ -85,7 +85,7 @@ void finish_rows(
 }
 
 // Where tiles find a weight: in memory, as it lies. Weights that lie there in another form (IS_PACKED false) have the same
-// members, whose `take` unpacks, and, for tiles that unpack as they multiply:
+// members, and, to be unpacked:
 // - BLOCK_K: columns of k that are unpacked at once; AHEAD: blocks that memory brings meanwhile; bytes from a panel's
 //   block to its next (`block_step`), and to that of the j-th panel after (`panel_step`);
 // - STAGED: whether unpacking takes so long that tiles of two panels, for which there are registers, unpack a block while
@@ -105,11 +105,7 @@ struct PackedWeights {
     const void* data;
     int64_t k;
 
-    // Panels [panel, panel + num) at columns [begin, end) of k, packed; until this thread's next call.
-    const T* take(int64_t panel, int num, int64_t begin, int64_t end) const { return (const T*)address(panel, begin); }
-    // Elements from one of them to the next.
-    int64_t stride(int64_t begin, int64_t end) const { return k * LANES; }
-    // Where memory has them.
+    // Where memory has a panel from a column of k on.
     const char* address(int64_t panel, int64_t begin) const {
         return (const char*)data + (panel * k + begin) * COLUMN_BYTES;
     }
@@ -133,6 +129,30 @@ template <int STEPS, int S = 0, typename F>
     if constexpr (S < STEPS) {
         body.template operator()<S>();
         each_step<STEPS, S + 1>(body);
+    }
+}
+
+// Columns [begin, end) of k of a panel, packed, to `out`.
+template <typename W, typename T>
+void unpack(const W& weights, int64_t panel, int64_t begin, int64_t end, T* out) {
+    typename W::template Blocks<1> blocks(weights, panel, begin);
+    for (int64_t k = begin; k < end; k += W::BLOCK_K, out += W::BLOCK_K * LANES)
+        blocks.next([&]<int S>(const auto& numbers) INLINE {
+            const u32x16 w = numbers(0);
+            std::memcpy(out + S * STEP<T> * LANES, &w, sizeof w);
+        });
+}
+
+// Panels [panel, panel + num) of them, those that are unpacked one after the other; until this thread's next call.
+template <typename W>
+const typename W::Element* take(const W& weights, int64_t panel, int num, int64_t begin, int64_t end) {
+    using T = typename W::Element;
+    if constexpr (W::IS_PACKED) return (const T*)weights.address(panel, begin);
+    else {
+        const int64_t size = (end - begin) * LANES;
+        T* out = scratch<T>(num * size);
+        for (int i = 0; i < num; i++) unpack(weights, panel + i, begin, end, out + i * size);
+        return out;
     }
 }
 
@@ -322,9 +342,9 @@ void rows_of_panels(const MatmulArgs& a, const W& weights, int64_t panel, int64_
     alignas(64) float sums[MAX_PASSES * ROWS * NP * LANES];
     for (int64_t begin = 0; begin < a.k; begin += size) {
         chunk.begin = begin, chunk.end = std::min(a.k, begin + size);
-        chunk.stride = weights.stride(begin, chunk.end);
+        chunk.stride = (W::IS_PACKED ? a.k : chunk.end - begin) * LANES;
         T* kept = nullptr;
-        if (!unpacks) chunk.weight = weights.take(panel, NP, begin, chunk.end);
+        if (!unpacks) chunk.weight = take(weights, panel, NP, begin, chunk.end);
         else if (passes > 1) chunk.weight = kept = scratch<T>(NP * chunk.stride);
         const bool is_last = chunk.end == a.k;
         const char* next = weights.address(panel + (is_last ? NP : 0), is_last ? 0 : chunk.end);
@@ -455,7 +475,7 @@ void two_tile_rows(
 template <typename W>
 void few_rows_of_panels(const MatmulArgs& a, const W& weights, int64_t row, int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; p += 4) {
-        const bf16* w = weights.take(p, (int)std::min<int64_t>(4, end - p), 0, a.k);
+        const bf16* w = take(weights, p, (int)std::min<int64_t>(4, end - p), 0, a.k);
         for (int64_t r = row; r < a.m; r += TILE_ROWS) {
             const int rows = (int)std::min(TILE_ROWS, a.m - r);
             if (r == row || rows < TILE_ROWS) configure(rows, rows);
@@ -475,7 +495,7 @@ void many_rows_of_panels(const MatmulArgs& a, const W& weights, int64_t end_row,
     const int64_t lines = (2 * panel_bytes / LINE + num_pairs * (a.k / TILE_K) - 1) / (num_pairs * (a.k / TILE_K));
     configure(TILE_ROWS, TILE_ROWS);
     for (int64_t p = begin; p < end; p += 2) {
-        const bf16* w = weights.take(p, (int)std::min<int64_t>(2, end - p), 0, a.k);
+        const bf16* w = take(weights, p, (int)std::min<int64_t>(2, end - p), 0, a.k);
         const char* next = weights.address(p + 2, 0);
         for (int64_t r = 0; r < end_row; r += 2 * TILE_ROWS, next += lines * (a.k / TILE_K) * LINE) {
             if (end - p >= 2) two_tile_rows<2>(a, r, p, w, next, lines);
@@ -496,10 +516,10 @@ void panels_by_tiles(const MatmulArgs& a, const W& weights, int64_t begin, int64
 // Panels that a thread takes at a time: as many as leave each thread three takes, or fewer where all threads then end at
 // about the same time.
 int64_t panels_at_a_time(int64_t num_panels) {
-    constexpr int64_t unit = PANELS_AT_LEAST;
-    const int64_t threads = num_threads(), most = std::max<int64_t>(unit, num_panels / (threads * 3) / unit * unit);
+    constexpr int64_t UNIT = PANELS_AT_LEAST;
+    const int64_t threads = num_threads(), most = std::max(UNIT, num_panels / (threads * 3) / UNIT * UNIT);
     int64_t best = most, least = INT64_MAX;
-    for (int64_t size = most; 2 * size > most; size -= unit) {
+    for (int64_t size = most; 2 * size > most; size -= UNIT) {
         const int64_t takes = (num_panels + size - 1) / size;
         const int64_t longest = (takes + threads - 1) / threads * size;  // panels of the busiest thread
         if (longest < least) best = size, least = longest;

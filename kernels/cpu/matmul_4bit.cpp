@@ -1,12 +1,12 @@
 // Products with quantised weights: of the numbers that codes, scales and offsets stand for, rounded to the compute type,
 // in the order of matmul.h, so that they are in every bit those of the dequantised weight.
 //
-// Codes (those of Kind::SIGNED lie otherwise): panels of 16 output columns, in blocks of two vectors of 16 32-bit lanes, each of which holds 32 / BITS codes of
-// one column, lowest bits first. They come out in the order in which products take weights: for bfloat16 the first vector
-// has columns 0 to 7, lane 2 c + p and field j being k = 2 j + p of column c, the second columns 8 to 15; for float32 lane
-// c is column c, and the first vector has the first half of a block's k. Two panels take turns
-// block by block, unless the last is alone, so that a product reads few streams; and so do their scales, and their
-// offsets, group by group: [panels / 2][groups][2][16].
+// Codes (those of Kind::SIGNED lie otherwise): panels of 16 output columns, in blocks of two vectors of 16 32-bit lanes,
+// each of which holds 32 / BITS codes of one column, lowest bits first. They come out in the order in which products take
+// weights: for bfloat16 the first vector has columns 0 to 7, lane 2 c + p and field j being k = 2 j + p of column c, the
+// second columns 8 to 15; for float32 lane c is column c, and the first vector has the first half of a block's k. Two
+// panels take turns block by block, unless the last is alone, so that a product reads few streams; and so do their scales,
+// and their offsets, group by group: [panels / 2][groups][2][16].
 #include "matmul.h"
 
 namespace octavo {
@@ -47,10 +47,13 @@ struct Matmul4BitArgs {
 // an infinite scale make it NaN.
 enum class Kind { SCALED, OFFSET, SIGNED };
 
-// Whether a weight for products of type T is of kind SIGNED.
+// Whether a weight for products of type T may be, and is, of kind SIGNED.
+template <typename T, int BITS>
+constexpr bool MAY_BE_SIGNED = HAS_BYTE_TABLES && sizeof(T) == 2 && BITS == 4;
+
 template <typename T, int BITS>
 inline bool is_signed(const Quantised& q) {
-    if (!HAS_BYTE_TABLES || sizeof(T) != 2 || BITS != 4 || q.offsets || q.table[8] != 0) return false;
+    if (!MAY_BE_SIGNED<T, BITS> || q.offsets || q.table[8] != 0) return false;
     for (int i = 1; i < 8; i++)
         if (q.table[8 - i] != -q.table[8 + i]) return false;
     return q.table[0] < 0;
@@ -168,23 +171,6 @@ struct QuantisedWeights {
     }
     int64_t block_step(int64_t panel) const { return in_turn(q.n, panel) * Codes::BYTES; }
 
-    const T* take(int64_t panel, int num, int64_t begin, int64_t end) const {
-        T* out = scratch<T>(num * stride(begin, end));
-        for (int i = 0; i < num; i++) dequantise(panel + i, begin, end, out + i * stride(begin, end));
-        return out;
-    }
-    int64_t stride(int64_t begin, int64_t end) const { return (end - begin) * LANES; }
-
-    // Columns [begin, end) of k of a panel, packed.
-    void dequantise(int64_t panel, int64_t begin, int64_t end, T* out) const {
-        Blocks<1> blocks(*this, panel, begin);
-        for (int64_t k = begin; k < end; k += BLOCK_K, out += BLOCK_K * LANES)
-            blocks.next([&]<int S>(const auto& numbers) INLINE {
-                const u32x16 w = numbers(0);
-                std::memcpy(out + S * STEP<T> * LANES, &w, sizeof w);
-            });
-    }
-
     template <int NP>
     class Blocks {
         const QuantisedWeights& weights;
@@ -261,7 +247,7 @@ struct QuantisedWeights {
 // Calls use(weights), of the kind that a weight is.
 template <typename T, int BITS, typename F>
 void with_weights(const Quantised& q, const F& use) {
-    if constexpr (HAS_BYTE_TABLES && sizeof(T) == 2 && BITS == 4) {
+    if constexpr (MAY_BE_SIGNED<T, BITS>) {
         if (is_signed<T, BITS>(q)) return use(QuantisedWeights<T, BITS, Kind::SIGNED>(q));
     }
     if (q.offsets) use(QuantisedWeights<T, BITS, Kind::OFFSET>(q));
@@ -350,7 +336,7 @@ void rows_of_weight(const Embedding4BitArgs& a, const W& weights) {
                     continue;
                 }
                 const int64_t panel = n % part_size / LANES * a.num_parts + n / part_size;
-                if (panel != last_panel) weights.dequantise(panel, k_begin, k_end, columns);
+                if (panel != last_panel) unpack(weights, panel, k_begin, k_end, columns);
                 last_panel = panel;
                 const T* column = columns + n % LANES * KS;
                 for (int64_t c = k_begin; c < k_end; c += KS, column += LANES * KS)

@@ -108,12 +108,6 @@ struct CompressedWeights {
 
     int64_t panel_step(int j) const { return j * c.k * COLUMN_BYTES; }
     int64_t block_step(int64_t) const { return BLOCK_BYTES; }
-    const bf16* take(int64_t panel, int num, int64_t begin, int64_t end) const {
-        bf16* out = scratch<bf16>(num * stride(begin, end));
-        for (int i = 0; i < num; i++) decompress(panel + i, begin, end, out + i * stride(begin, end));
-        return out;
-    }
-    int64_t stride(int64_t begin, int64_t end) const { return (end - begin) * LANES; }
 
     template <int NP>
     class Blocks {
@@ -134,15 +128,14 @@ struct CompressedWeights {
         template <typename F>
         [[gnu::always_inline]] void next(const F& use) {
             const u8x64 table = weights.table;
-            const int64_t panel_bytes = weights.c.k * COLUMN_BYTES;
             if (block < next_exception) {
                 each_step<2>([&]<int HALF>() INLINE {  // two steps, whose high bytes are looked up together
                     u8x64 high[NP];
 #pragma GCC unroll 4
-                    for (int j = 0; j < NP; j++) high[j] = Block::high<HALF>(codes + j * panel_bytes, table);
+                    for (int j = 0; j < NP; j++) high[j] = Block::high<HALF>(codes + weights.panel_step(j), table);
                     each_step<2>([&]<int S>() INLINE {
                         use.template operator()<2 * HALF + S>([&](int j) INLINE {
-                            return interleave<S>(Block::low<HALF>(codes + j * panel_bytes), high[j]);
+                            return interleave<S>(Block::low<HALF>(codes + weights.panel_step(j)), high[j]);
                         });
                     });
                 });
@@ -150,7 +143,7 @@ struct CompressedWeights {
                 alignas(64) bf16 numbers[NP][BLOCK_SIZE];
                 next_exception = NO_EXCEPTION;
                 for (int j = 0; j < NP; j++) {
-                    Block::store(codes + j * panel_bytes, table, numbers[j]);
+                    Block::store(codes + weights.panel_step(j), table, numbers[j]);
                     rest[j].apply(block, numbers[j]);
                     next_exception = std::min(next_exception, rest[j].block());
                 }
@@ -161,17 +154,6 @@ struct CompressedWeights {
             codes += BLOCK_BYTES, block++;
         }
     };
-
-private:
-    // Columns [begin, end) of k of a panel, packed.
-    void decompress(int64_t panel, int64_t begin, int64_t end, bf16* out) const {
-        Blocks<1> blocks(*this, panel, begin);
-        for (int64_t k = begin; k < end; k += BLOCK_K, out += BLOCK_SIZE)
-            blocks.next([&]<int S>(const auto& numbers) INLINE {
-                const u32x16 w = numbers(0);
-                std::memcpy(out + S * 2 * LANES, &w, sizeof w);
-            });
-    }
 };
 
 struct CompressArgs {
@@ -247,7 +229,7 @@ void rows_of_weight(const CompressedEmbeddingArgs& a) {
                 std::fill_n(out, k, bf16(0));
                 continue;
             }
-            const bf16* column = weights.take(n / LANES, 1, 0, k) + n % LANES * STEP<bf16>;
+            const bf16* column = take(weights, n / LANES, 1, 0, k) + n % LANES * STEP<bf16>;
             for (int64_t col = 0; col < k; col++) out[col] = column[col / 2 * 2 * LANES + col % 2];
         }
     });
