@@ -129,8 +129,8 @@ struct Block {
     // Bytes of the numbers of kind SIGNED that steps 2 PAIR and 2 PAIR + 1 take.
     template <int PAIR>
     [[gnu::always_inline]] void look_up_signed(const Group<T, Kind::SIGNED>& group, u8x64& low, u8x64& high) const {
-        u8x64 column;  // of each byte
-        for (int i = 0; i < 64; i++) column[i] = (uint8_t)(i / 16 * 4 + i % 8 / 2);
+        static constexpr Bytes COLUMN([](int i) { return i / 16 * 4 + i % 8 / 2; });  // of each byte
+        const u8x64 column = load_vec<u8x64>(COLUMN.at);
         const u8x64 code = (u8x64)(PAIR % 2 ? codes[PAIR / 2] : codes[PAIR / 2] << 4);  // in the upper bits
         const u8x64 index = (code & 0x70) | column;
         low = look_up_unless_zero(group.low, index, code & 0xf0);

@@ -236,14 +236,24 @@ inline u32x16 interleave(u8x64 low, u8x64 high) {
 #endif
 }
 
+// 64 bytes that the compiler computes: of a vector it would not.
+struct Bytes {
+    alignas(64) uint8_t at[64] = {};
+
+    template <typename F>
+    constexpr explicit Bytes(const F& of) {
+        for (int i = 0; i < 64; i++) at[i] = (uint8_t)of(i);
+    }
+};
+
 #if defined(__AVX512VBMI__)
 constexpr bool HAS_BYTE_TABLES = true;  // of 128 entries
 
 // Bytes FIRST, FIRST + 2, ... of `a` and then of `b`.
 template <int FIRST>
 inline u8x64 every_other(u8x64 a, u8x64 b) {
-    u8x64 from;
-    for (int i = 0; i < 64; i++) from[i] = (uint8_t)(2 * i + FIRST);
+    static constexpr Bytes FROM([](int i) { return 2 * i + FIRST; });
+    const u8x64 from = load_vec<u8x64>(FROM.at);
     return (u8x64)_mm512_permutex2var_epi8((__m512i)a, (__m512i)from, (__m512i)b);
 }
 
